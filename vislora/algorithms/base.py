@@ -1,0 +1,93 @@
+"""The contract of an algorithm, and the kinds of layers that adapters can be put on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Slots = Mapping[str, Tensor]
+Rule = Literal["alpha/r", "alpha/sqrt(r)", "none", "constraint", "ignored"]
+Kind = Literal["linear", "conv", "embedding"]
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What an algorithm has to know of a base layer.
+
+    `weight_shape`: linear (out, in); conv (out, in / groups, *kernel); embedding (entries, width).
+    """
+
+    kind: Kind
+    weight_shape: tuple[int, ...]
+    groups: int = 1
+
+    @staticmethod
+    def of(layer: nn.Module) -> LayerSpec | None:
+        """Describe `layer`, or return None when no algorithm can be put on its class."""
+        if isinstance(layer, nn.Linear):
+            return LayerSpec("linear", (layer.out_features, layer.in_features))
+        if isinstance(layer, nn.Embedding):
+            return LayerSpec("embedding", (layer.num_embeddings, layer.embedding_dim))
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+            return LayerSpec("conv", shape, layer.groups)
+        return None
+
+
+@dataclass(frozen=True)
+class InitOptions:
+    """How fresh slots are drawn. `tucker`: k x k convs become 1x1, k x k, 1x1. `init`: of the down projection."""
+
+    rank: int
+    tucker: bool = False
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    generator: torch.Generator | None = None
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One adapter algorithm as plain functions over named slots (tensors go in and come out under the same names).
+
+    slots: every slot name that the algorithm may have. matches(names): are these slots (alpha left out) its own?
+    init(spec, options): fresh slots, zero effect. rank(slots), shape(slots): the rank, the shape of the delta.
+    delta(slots, scale, base): the change of the base weight, of the base weight's shape, in the slots' dtype.
+    forward(x, base_out, slots, scale, layer, rank_dropout): `base_out` plus the change, without building the delta.
+    """
+
+    name: str
+    slots: frozenset[str]
+    matches: Callable[[frozenset[str]], bool]
+    init: Callable[[LayerSpec, InitOptions], dict[str, Tensor]]
+    rank: Callable[[Slots], int]
+    shape: Callable[[Slots], tuple[int, ...]]
+    delta: Callable[[Slots, float, Tensor | None], Tensor]
+    forward: Callable[[Tensor, Tensor, Slots, float, nn.Module, float], Tensor]
+
+
+def scale_of(alpha: float | None, rank: int, rule: Rule = "alpha/r") -> float:
+    """Return the factor on a module's product: the only place where alpha and rank become one number.
+
+    A missing alpha means alpha = rank. Rank-stabilised scale: alpha / sqrt(rank) (Kalajdzievski, arXiv 2312.03732).
+    """
+    if rule in ("none", "constraint", "ignored"):
+        return 1.0
+    alpha = float(rank) if alpha is None else alpha
+    return alpha / (math.sqrt(rank) if rule == "alpha/sqrt(r)" else rank)
+
+
+def apply_weight(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute what `layer` computes, with another weight and bias; stride, padding, groups and so on are its own."""
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight, bias)
+    if isinstance(layer, nn.Embedding):
+        options = (layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq, layer.sparse)
+        return F.embedding(x, weight, *options)
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return layer._conv_forward(x, weight, bias)
+    raise TypeError(f"no adapters on {type(layer).__name__}")

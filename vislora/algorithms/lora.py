@@ -1,0 +1,130 @@
+"""LoRA: W' = W + scale * B A (Hu et al., arXiv 2106.09685, section 4.1), on linear, conv and embedding layers.
+
+A conv is a low-rank decomposition: k x k down to r channels, then 1 x 1 up (LoCon); or Tucker: 1 x 1, k x k, 1 x 1
+(Yeh et al., arXiv 2309.14859, section 3). Slots, r = rank:
+
+    linear      down (r, in)                    up (out, r)
+    conv        down (r, in / groups, *kernel)  up (out, r, 1, ...)
+    Tucker      down (r, in, 1, ...)            up (out, r, 1, ...)     mid (r, r, *kernel)
+    embedding   embedding_down (r, entries)     embedding_up (width, r)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vislora.algorithms.base import Algorithm, InitOptions, LayerSpec, Slots
+
+CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+PLAIN = frozenset({"down", "up"})
+TUCKER = frozenset({"down", "up", "mid"})
+EMBEDDING = frozenset({"embedding_down", "embedding_up"})
+
+
+def matches(names: frozenset[str]) -> bool:
+    """Say whether these slot names are LoRA's."""
+    return names in (PLAIN, TUCKER, EMBEDDING)
+
+
+def init(spec: LayerSpec, options: InitOptions) -> dict[str, Tensor]:
+    """Draw fresh float32 slots: down Kaiming-uniform (a = sqrt 5) or Gaussian (std 1 / r), up zero."""
+    rank = options.rank
+    if spec.kind == "embedding":
+        entries, width = spec.weight_shape
+        return {"embedding_down": _drawn((rank, entries), options), "embedding_up": torch.zeros(width, rank)}
+    out, fan_in, *kernel = spec.weight_shape
+    ones = [1] * len(kernel)
+    up = torch.zeros(out, rank, *ones)
+    if not (options.tucker and math.prod(kernel) > 1 and spec.groups == 1):
+        return {"down": _drawn((rank, fan_in, *kernel), options), "up": up}
+    mid = _drawn((rank, rank, *kernel), options)
+    return {"down": _drawn((rank, fan_in, *ones), options), "up": up, "mid": mid}
+
+
+def rank(slots: Slots) -> int:
+    """Return r."""
+    return slots["embedding_down" if "embedding_down" in slots else "down"].shape[0]
+
+
+def shape(slots: Slots) -> tuple[int, ...]:
+    """Return the shape of the delta."""
+    if "embedding_down" in slots:
+        return slots["embedding_down"].shape[1], slots["embedding_up"].shape[0]
+    kernel = slots["mid" if "mid" in slots else "down"].shape[2:]
+    return slots["up"].shape[0], slots["down"].shape[1], *kernel
+
+
+def delta(slots: Slots, scale: float, base: Tensor | None = None) -> Tensor:
+    """Return scale * B A in the shape of the base weight; `base` is not needed."""
+    if "embedding_down" in slots:
+        return scale * (slots["embedding_up"] @ slots["embedding_down"]).T
+    up, down = slots["up"].flatten(1), slots["down"]
+    if "mid" in slots:
+        # LyCORIS' order of the core: mid[m, n] joins up's column m with down's row n
+        return scale * torch.einsum("mn...,om,ni->oi...", slots["mid"], up, down.flatten(1))
+    return scale * (up @ down.flatten(1)).view(up.shape[0], *down.shape[1:])
+
+
+def forward(
+    x: Tensor, base_out: Tensor, slots: Slots, scale: float, layer: nn.Module, rank_dropout: float = 0.0
+) -> Tensor:
+    """Return base_out + scale * B(A(x)); `rank_dropout` is the share of the r channels left out, per sample."""
+    if "embedding_down" in slots:
+        hidden = _dropped(F.embedding(x, slots["embedding_down"].T), rank_dropout, -1)
+        return torch.add(base_out, F.linear(hidden, slots["embedding_up"]), alpha=scale)
+    if isinstance(layer, nn.Linear):
+        return _linear(x, base_out, slots, scale, rank_dropout)
+    hidden = _dropped(_conv_down(x, slots, layer), rank_dropout, 1)
+    conv = CONV[slots["up"].dim()]
+    return torch.add(base_out, conv(hidden, slots["up"], groups=int(layer.groups)), alpha=scale)  # type: ignore[arg-type]
+
+
+def _linear(x: Tensor, base_out: Tensor, slots: Slots, scale: float, rank_dropout: float) -> Tensor:
+    hidden = _dropped(F.linear(x, slots["down"].flatten(1)), rank_dropout, -1)
+    rows = base_out.reshape(-1, base_out.shape[-1])
+    added = torch.addmm(rows, hidden.reshape(-1, hidden.shape[-1]), slots["up"].flatten(1).T, alpha=scale)
+    return added.view(base_out.shape)
+
+
+def _conv_down(x: Tensor, slots: Slots, layer: nn.Module) -> Tensor:
+    """Apply A with the base layer's own stride, padding and dilation. Shapes: (batch, in, ...) -> (batch, r * groups, ...)."""
+    down, groups = slots["down"], int(layer.groups)  # type: ignore[arg-type]
+    if "mid" in slots:
+        hidden = CONV[down.dim()](x, down)
+        return layer._conv_forward(hidden, slots["mid"], None)  # type: ignore[operator]
+    # every group sees the same A, so that the sum equals a conv with the delta
+    weight = down.repeat(groups, *[1] * (down.dim() - 1)) if groups > 1 else down
+    return layer._conv_forward(x, weight, None)  # type: ignore[operator]
+
+
+def _dropped(hidden: Tensor, p: float, axis: int) -> Tensor:
+    """Zero whole rank channels, each sample its own, and scale the rest by 1 / (1 - p)."""
+    if p == 0.0:
+        return hidden
+    mask_shape = [1] * hidden.dim()
+    mask_shape[0], mask_shape[axis] = hidden.shape[0], hidden.shape[axis]
+    keep = torch.rand(mask_shape, device=hidden.device) >= p
+    return hidden * keep.to(hidden.dtype) / (1.0 - p)
+
+
+def _drawn(size: tuple[int, ...], options: InitOptions) -> Tensor:
+    tensor = torch.empty(size)
+    if options.init == "gaussian":
+        return tensor.normal_(0.0, 1.0 / options.rank, generator=options.generator)
+    return nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=options.generator)
+
+
+LORA = Algorithm(
+    name="lora",
+    slots=TUCKER | EMBEDDING,
+    matches=matches,
+    init=init,
+    rank=rank,
+    shape=shape,
+    delta=delta,
+    forward=forward,
+)
