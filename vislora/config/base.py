@@ -1,0 +1,59 @@
+"""Closed, documented settings: an unknown key is an error that names the nearest; all problems are told at once."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from vislora.errors import ConfigError, nearest
+
+
+class Section(BaseModel):
+    """A group of settings. Fields are documented by the string under each; TOML keys and flags have the same names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], where: str = "settings") -> Self:
+        """Validate `values` (nested mappings). Raises `ConfigError` with every problem, its dotted path and nearest name."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise ConfigError(list(_problems(cls, error)), where=f"{where}: {error.error_count()} problem(s)") from None
+
+
+def _problems(cls: type[Section], error: ValidationError) -> Iterator[str]:
+    for item in error.errors():
+        loc = item["loc"]
+        path = ".".join(str(part) for part in loc) or "(all)"
+        if item["type"] == "extra_forbidden":
+            section = _section_at(cls, loc[:-1])
+            yield f"{path}: unknown setting{nearest(str(loc[-1]), section.model_fields if section else ())}"
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            got = item["input"]
+            shown = f" (got {got!r})" if isinstance(got, (str, int, float, bool)) and loc else ""
+            yield f"{path}: {message}{shown}"
+
+
+def _section_at(cls: type[Section], loc: tuple[int | str, ...]) -> type[Section] | None:
+    """Follow the field names of `loc` from `cls`; list indices are passed over."""
+    current: type[Section] | None = cls
+    for part in loc:
+        if current is not None and isinstance(part, str) and part in current.model_fields:
+            current = _section_in(current.model_fields[part].annotation)
+    return current
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, Section):
+        return annotation
+    for argument in typing.get_args(annotation):
+        found = _section_in(argument)
+        if found is not None:
+            return found
+    return None
