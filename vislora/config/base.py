@@ -50,7 +50,11 @@ def _section_at(cls: type[Section], loc: tuple[int | str, ...]) -> type[Section]
 
 
 def _section_in(annotation: Any) -> type[Section] | None:
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, Section):
+    if (
+        isinstance(annotation, type)
+        and not isinstance(annotation, types.GenericAlias)
+        and issubclass(annotation, Section)
+    ):
         return annotation
     for argument in typing.get_args(annotation):
         found = _section_in(argument)

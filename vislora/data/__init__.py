@@ -1,0 +1,1 @@
+"""Image folders: examples, buckets, cached latents and text features."""
