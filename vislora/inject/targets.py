@@ -113,7 +113,7 @@ def near_misses(pattern: str, paths: Iterable[str], count: int = 5) -> list[str]
     wanted = pattern.removeprefix("re:").replace("*", "").strip(".")
     by_kind: dict[str, str] = {}
     for path in paths:
-        by_kind.setdefault(re.sub(r"\d+", "0", path), path)
+        by_kind.setdefault(re.sub(r"\.\d+(?=\.|$)", ".0", path), path)
     tail = wanted.count(".") + 1
 
     def likeness(path: str) -> float:
