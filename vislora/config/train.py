@@ -131,7 +131,7 @@ class TrainConfig(Section):
     """Start anew in a run folder that already holds a run."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train."""
-    data: DataConfig = Field(default_factory=DataConfig)
+    data: DataConfig
     """Images and captions."""
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
     """What is trained."""
