@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def _generator(seed: int, step: int, process: int) -> torch.Generator:
 
 
 def _require_finite(loss: float, step: int) -> None:
-    if loss != loss or loss in (float("inf"), float("-inf")):
+    if not math.isfinite(loss):
         raise VisloraError(
             f"the loss is {loss} at step {step}: lower optimizer.learning_rate, or set loop.mixed_precision to no or "
             "bf16; the last checkpoint is intact, --resume goes on from it"
