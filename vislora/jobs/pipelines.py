@@ -13,7 +13,8 @@ from vislora import formats
 from vislora.algorithms.base import scale_of
 from vislora.errors import AdapterFileError, AdapterMismatchError, ConfigError, listed, nearest
 from vislora.formats.adapter_file import AdapterFile, AdapterModule
-from vislora.inject.injection import FileModule, eject_from, inject_modules
+from vislora.inject.injection import FileModule, inject_modules
+from vislora.inject.injection import eject as eject_from
 from vislora.inject.stack import Stack, existing_stack, strength_in_range
 from vislora.models.base import components_of
 from vislora.registry import ALGORITHMS
