@@ -100,7 +100,9 @@ def test_memory_is_bounded_and_prune_forgets(tmp_path):
     assert cache.get("bb" * 32) is not cache.get("bb" * 32)
     assert cache.prune(["bb" * 32]) == 1
     assert cache.get("aa" * 32) is None
-    assert cache.get("bb" * 32) is not None
+    cache.put("bb" * 32, {"a": torch.full((8,), 2.0)})
+    assert cache.get("bb" * 32)["a"][0] == 2
+    assert cache.get("bb" * 32) is cache.get("bb" * 32)
 
 
 @pytest.mark.parametrize(
