@@ -88,7 +88,7 @@ def existing_stack(model: nn.Module) -> Stack | None:
 
 
 def drop_if_empty(model: nn.Module) -> None:
-    """Forget the index of a model that has no adapters left, so that nothing stays behind, frozen parameters included."""
+    """Forget the index of a model that has no adapters left, and thaw what was frozen: nothing stays behind."""
     stack = existing_stack(model)
     if stack is not None and not stack.strengths:
         for parameter in stack.thawed:

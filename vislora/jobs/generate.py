@@ -11,7 +11,7 @@ from PIL import Image
 from vislora.config.generate import GenerateConfig
 from vislora.errors import AdapterFileError, ModelError
 from vislora.files import replacing
-from vislora.jobs.prompts import Prompt, find_adapter, parse_adapter, parse_prompt, read_prompts
+from vislora.jobs.prompts import Prompt, find_adapter, label_adapters, parse_adapter, parse_prompt, read_prompts
 from vislora.jobs.recipes import adapter_hash, read_recipe, save_png, threads, versions
 from vislora.jobs.studio import Job, Picture, Studio, free_numbers, make, open_studio
 from vislora.models.base import Family
@@ -33,12 +33,16 @@ def run(config: GenerateConfig) -> Iterator[Record]:
     prompts = [parse_prompt(raw) for raw in read_prompts(config.prompt, config.prompts)]
     always = dict(parse_adapter(raw) for raw in config.adapter)
     named = dict.fromkeys([*always, *(name for prompt in prompts for name in prompt.strengths)])
-    found = {name: find_adapter(name, config.adapters) for name in named}
+    labels, paths = label_adapters(named, config.adapters)
     studio = open_studio(config.base, config.device, config.precision)
-    for name, path in found.items():
-        yield from studio.load(name, path, config.allow_partial)
+    for label, path in paths.items():
+        yield from studio.load(label, path, config.allow_partial)
     how = sampling(studio.family, config)
-    jobs = _jobs(config, prompts, always)
+    jobs = [
+        Job(Shot(prompt.text, config.negative_prompt, config.seed + number), _stack(always, prompt, labels))
+        for prompt in prompts
+        for number in range(config.count)
+    ]
     pictures: list[Picture] = []
     yield from _collect(make(studio, jobs, how, config.batch_size, config.output), pictures)
     lines = [str(picture.path) for picture in pictures]
@@ -61,12 +65,9 @@ def sampling(family: Family, config: GenerateConfig) -> Sampling:
     )
 
 
-def _jobs(config: GenerateConfig, prompts: list[Prompt], always: dict[str, float]) -> list[Job]:
-    return [
-        Job(Shot(prompt.text, config.negative_prompt, config.seed + number), {**always, **prompt.strengths})
-        for prompt in prompts
-        for number in range(config.count)
-    ]
+def _stack(always: dict[str, float], prompt: Prompt, labels: dict[str, str]) -> dict[str, float]:
+    """Return the strengths of one prompt: those of the flags, and over them those that its own text names."""
+    return {labels[name]: strength for name, strength in [*always.items(), *prompt.strengths.items()]}
 
 
 def _collect(records: Iterator[Progress | Picture], pictures: list[Picture], task: str = "") -> Iterator[Progress]:
@@ -85,13 +86,13 @@ def _sheet(
     columns: dict[str, list[Image.Image]] = {}
     alone = list(studio.paths) if len(studio.paths) > 1 else []
     for name in ["base", *alone]:
-        label = Path(name).stem
+        label = name.replace("/", "-")
         part = [Job(job.shot, {} if name == "base" else {name: job.strengths.get(name, 1.0)}) for job in jobs]
         pictures: list[Picture] = []
         yield from _collect(make(studio, part, how, batch_size, path.parent / label), pictures, f"sheet: {label}")
         columns[label] = [picture.image for picture in pictures]
     if studio.paths:
-        last = "stack" if alone else Path(next(iter(studio.paths))).stem
+        last = "stack" if alone else next(iter(studio.paths))
         columns[last] = [picture.image for picture in stacked]
     rows = list(zip(*columns.values(), strict=True))
     sheet = contact_sheet(rows, [job.shot.prompt for job in jobs], list(columns))

@@ -77,6 +77,23 @@ def find_adapter(name: str, folders: Iterable[Path]) -> Path:
     return next(path for path in found if path.resolve() == fitting[0])
 
 
+def label_adapters(names: Iterable[str], folders: Sequence[Path]) -> tuple[dict[str, str], dict[str, Path]]:
+    """Find every named adapter; return (name as given -> label, label -> path).
+
+    A file has one label, its stem, however it was named; a second file of that stem gets its folder's name in front.
+    """
+    labels: dict[str, str] = {}
+    paths: dict[str, Path] = {}
+    for name in names:
+        path = find_adapter(name, folders)
+        label = path.stem
+        if label in paths and paths[label].resolve() != path.resolve():
+            label = f"{path.parent.name}/{path.stem}"
+        labels[name] = label
+        paths.setdefault(label, path)
+    return labels, paths
+
+
 def _adapters_in(folder: Path) -> list[Path]:
     """Return the adapter files and PEFT folders under `folder`; checkpoints of training runs are not adapters."""
     files = [path for path in folder.rglob(f"*{_SUFFIX}") if path.name != f"adapter_model{_SUFFIX}"]
