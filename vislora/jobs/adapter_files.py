@@ -62,7 +62,12 @@ def _metadata(config: TrainConfig, trained: Trained, name: str, step: int) -> di
         "vislora.steps": str(step),
         "vislora.versions": json.dumps(versions()),
     }
-    return {**own, **_modelspec(config, trained, name), **_ss(config, trained, name, step), **trained.family.traits.tags}
+    return {
+        **own,
+        **_modelspec(config, trained, name),
+        **_ss(config, trained, name, step),
+        **trained.family.traits.tags,
+    }
 
 
 def _modelspec(config: TrainConfig, trained: Trained, name: str) -> dict[str, str]:
@@ -117,7 +122,9 @@ def _ss(config: TrainConfig, trained: Trained, name: str, step: int) -> dict[str
         "resolution": f"({resolution}, {resolution})",
         "enable_bucket": True,
         "bucket_info": json.dumps(_bucket_info(trained.buckets)),
-        "dataset_dirs": json.dumps({config.data.folder.name: {"n_repeats": config.data.repeats, "img_count": len(trained.examples)}}),
+        "dataset_dirs": json.dumps(
+            {config.data.folder.name: {"n_repeats": config.data.repeats, "img_count": len(trained.examples)}}
+        ),
         "tag_frequency": json.dumps({config.data.folder.name: _tags(trained.examples)}),
         "training_started_at": trained.started,
         "training_finished_at": datetime.now(UTC).timestamp(),

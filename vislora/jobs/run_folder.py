@@ -15,7 +15,18 @@ from vislora.files import write_text
 from vislora.training.checkpoints import checkpoints, load_checkpoint
 
 # what may change between a run and its continuation: none of it touches what a step computes
-FREE = ("output", "name", "format", "resume", "overwrite", "device", "sample", "data.cache", "data.folder", "data.skip_bad")
+FREE = (
+    "output",
+    "name",
+    "format",
+    "resume",
+    "overwrite",
+    "device",
+    "sample",
+    "data.cache",
+    "data.folder",
+    "data.skip_bad",
+)
 FREE_LOOP = ("loop.steps", "loop.save_every", "loop.keep_checkpoints", "loop.tensorboard")
 
 
