@@ -48,7 +48,7 @@ def adapter_file(
         for component, parameters in adapters.items()
         for path, meta, slots in parameters.modules_with_slots()
     ]
-    return AdapterFile(modules, metadata=_metadata(config, trained, name, step), family=trained.family.card.name)
+    return AdapterFile(modules=modules, metadata=_metadata(config, trained, name, step), family=trained.family.card.name)
 
 
 def _metadata(config: TrainConfig, trained: Trained, name: str, step: int) -> dict[str, str]:

@@ -95,7 +95,7 @@ def as_json(report: ConvertReport) -> dict[str, Any]:
     return {"source": str(report.source), "destination": str(report.destination), **fields, "ok": report.ok}
 
 
-class _Unproven(Exception):  # noqa: N818 - carries a result out of `replacing`, which then leaves no file behind
+class _Unproven(Exception):
     pass
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import torch
+
 from vislora.config.train import TrainConfig
 from vislora.data.buckets import Bucket, assign, bucket_notes, bucket_summary
 from vislora.data.cache import Cache, weights_fingerprint
@@ -17,6 +19,7 @@ from vislora.data.sampler import Sampler
 from vislora.data.scan import Example, dataset_hash, scan
 from vislora.jobs.run_folder import RunFolder
 from vislora.models.base import Family
+from vislora.models.sampling import vae_as
 from vislora.records import Note, Record
 
 
@@ -62,7 +65,8 @@ def prepare_data(config: TrainConfig, family: Family, folder: RunFolder) -> Gene
     image_print = weights_fingerprint(family.pipeline.vae, dict(family.pipeline.vae.config))
     look = {"crop": data.crop, "flip": data.flip, "background": data.background_rgb}
     wanted = views(found.examples, buckets, fingerprint=image_print, **look)
-    yield from cache_latents(cache, wanted, family.encode_image, batch_size=8)
+    with vae_as(family, torch.float32):
+        yield from cache_latents(cache, wanted, family.encode_image, batch_size=8)
     keys = None
     if not config.adapter.text_encoders:
         captions = [example.caption for example in found.examples]

@@ -26,13 +26,9 @@ def preview(job: Run, step: int) -> Iterator[Note]:
     side = job.config.data.resolution or traits.resolution
     how = Sampling(traits.steps, traits.guidance_scale, side, side)
     job.module.eval()
-    vae = job.family.pipeline.vae
-    own = vae.dtype
-    vae.to(job.family.pipeline.dtype)
     images: list[Image.Image] = []
     for batch in make_images(job.family, shots, how):
         images += batch
-    vae.to(own)
     job.module.train()
     path = job.folder.samples / f"{step:06d}.png"
     with replacing(path) as temporary:

@@ -131,7 +131,6 @@ def _load_base(config: TrainConfig, accelerator: Accelerator) -> Family:
     device = accelerator.device
     dtype = DTYPES[pick_precision(config.loop.mixed_precision, device)]
     family = load_family(config.base or None, dtype, device)
-    family.pipeline.vae.to(dtype=torch.float32)  # half-precision VAEs overflow, and images are encoded only once
     if config.loop.gradient_checkpointing:
         family.components["denoiser"].enable_gradient_checkpointing()  # type: ignore[operator]
     return family
