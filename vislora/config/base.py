@@ -19,7 +19,10 @@ class Section(BaseModel):
 
     @classmethod
     def of(cls, values: Mapping[str, Any], where: str = "settings") -> Self:
-        """Validate `values` (nested mappings). Raises `ConfigError` with every problem, its dotted path and nearest name."""
+        """Validate `values` (nested mappings).
+
+        Raises `ConfigError` with every problem, its dotted path and the nearest name.
+        """
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:

@@ -30,7 +30,7 @@ class AdapterConfig(Section):
     """What is trained."""
 
     preset: Preset = "all"
-    """Layers: attention; attention-ff (+ feed-forward); all (+ convs or modulation); every-layer; none (patterns only)."""
+    """Layers: attention; attention-ff (+ feed-forward); all (+ convs, modulation); every-layer; none (patterns only)."""
     rank: int = Field(8, ge=1, le=4096)
     """Rank of the low-rank product."""
     alpha: float | None = Field(None, gt=0)
@@ -131,7 +131,7 @@ class TrainConfig(Section):
     """Start anew in a run folder that already holds a run."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train."""
-    data: DataConfig = Field(default_factory=DataConfig)
+    data: DataConfig
     """Images and captions."""
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
     """What is trained."""

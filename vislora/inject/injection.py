@@ -120,7 +120,7 @@ def inject_modules(
     return misfits
 
 
-def eject(model: nn.Module, name: str) -> None:
+def eject_from(model: nn.Module, name: str) -> None:
     """Take the adapter `name` out of `model`: classes, module tree and weights are as before, bit for bit."""
     stack_of(model).remove(name)
     drop_if_empty(model)
