@@ -30,7 +30,7 @@ class AdapterConfig(Section):
     """What is trained."""
 
     preset: Preset = "all"
-    """Layers: attention; attention-ff (+ feed-forward); all (+ conv, modulation); every-layer; none (patterns only)."""
+    """Layers: attention; attention-ff (+ feed-forward); all (+ convs, modulation); every-layer; none (patterns)."""
     rank: int = Field(8, ge=1, le=4096)
     """Rank of the low-rank product."""
     alpha: float | None = Field(None, gt=0)
