@@ -123,6 +123,8 @@ class TrainConfig(Section):
     """Base model: a diffusers folder or hub name. Default: the embedded small base."""
     format: str = "kohya"
     """File format of the adapter: kohya, diffusers, peft."""
+    save_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Precision of the tensors in the adapter file; alpha stays exact."""
     seed: int = Field(0, ge=0)
     """Seed of every random draw: the same command gives the same adapter on the same machine."""
     resume: bool = False

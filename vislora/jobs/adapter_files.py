@@ -16,6 +16,7 @@ from vislora.data.scan import Example, dataset_hash
 from vislora.formats.adapter_file import AdapterFile, AdapterModule
 from vislora.formats.names import canonical
 from vislora.inject.injection import AdapterSet
+from vislora.jobs.devices import DTYPES
 from vislora.jobs.recipes import versions
 from vislora.models.base import Family
 
@@ -41,14 +42,15 @@ def adapter_file(
             path=canonical(path) if component.startswith("te:clip") else path,
             raw_name="",
             algo=meta.algorithm,
-            tensors=slots,
+            tensors={slot: tensor.to(DTYPES[config.save_precision]) for slot, tensor in slots.items()},
             alpha=meta.alpha,
             rule=meta.rule,
         )
         for component, parameters in adapters.items()
         for path, meta, slots in parameters.modules_with_slots()
     ]
-    return AdapterFile(modules=modules, metadata=_metadata(config, trained, name, step), family=trained.family.card.name)
+    family = trained.family.card.name
+    return AdapterFile(modules=modules, metadata=_metadata(config, trained, name, step), family=family)
 
 
 def _metadata(config: TrainConfig, trained: Trained, name: str, step: int) -> dict[str, str]:

@@ -15,18 +15,8 @@ from vislora.files import write_text
 from vislora.training.checkpoints import checkpoints, load_checkpoint
 
 # what may change between a run and its continuation: none of it touches what a step computes
-FREE = (
-    "output",
-    "name",
-    "format",
-    "resume",
-    "overwrite",
-    "device",
-    "sample",
-    "data.cache",
-    "data.folder",
-    "data.skip_bad",
-)
+FREE = ("output", "name", "format", "save_precision", "resume", "overwrite", "device", "sample.", "data.cache")
+FREE_DATA = ("data.folder", "data.skip_bad", "data.allow_missing_captions")
 FREE_LOOP = ("loop.steps", "loop.save_every", "loop.keep_checkpoints", "loop.tensorboard")
 
 
@@ -86,7 +76,7 @@ def prepare(config: TrainConfig) -> tuple[RunFolder, dict[str, Any] | None]:
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """Return every setting that a step depends on, as flat dotted names."""
     flat = _flat(config.model_dump(mode="json"))
-    return {key: value for key, value in flat.items() if not key.startswith(FREE) and key not in FREE_LOOP}
+    return {key: value for key, value in flat.items() if not key.startswith(FREE) and key not in (*FREE_DATA, *FREE_LOOP)}
 
 
 def cut_log(path: Path, step: int) -> None:
