@@ -30,7 +30,7 @@ class AdapterConfig(Section):
     """What is trained."""
 
     preset: Preset = "all"
-    """Layers: attention; attention-ff (+ feed-forward); all (+ convs or modulation); every-layer; none (patterns only)."""
+    """Layers: attention; attention-ff (+ feed-forward); all (+ convs, modulation); every-layer; none (patterns)."""
     rank: int = Field(8, ge=1, le=4096)
     """Rank of the low-rank product."""
     alpha: float | None = Field(None, gt=0)
@@ -123,6 +123,8 @@ class TrainConfig(Section):
     """Base model: a diffusers folder or hub name. Default: the embedded small base."""
     format: str = "kohya"
     """File format of the adapter: kohya, diffusers, peft."""
+    save_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Precision of the tensors in the adapter file; alpha stays exact."""
     seed: int = Field(0, ge=0)
     """Seed of every random draw: the same command gives the same adapter on the same machine."""
     resume: bool = False
@@ -131,7 +133,7 @@ class TrainConfig(Section):
     """Start anew in a run folder that already holds a run."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train."""
-    data: DataConfig = Field(default_factory=DataConfig)
+    data: DataConfig
     """Images and captions."""
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
     """What is trained."""

@@ -103,8 +103,6 @@ class LayerState:
 class AdapterLayer:
     """Mixed in before the base layer's class. Its state is `LayerState` in the instance's `__dict__`."""
 
-    __slots__ = ()
-
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the base layer, then add every active adapter; or use the merged weight when there is one.
 
@@ -131,7 +129,7 @@ _adapted: dict[type[nn.Module], type[nn.Module]] = {}
 def adapted_class(base_class: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass of `base_class` that applies adapters; always the same one."""
     if base_class not in _adapted:
-        body = {"__slots__": (), "__module__": base_class.__module__}
+        body = {"__module__": base_class.__module__}
         _adapted[base_class] = type(f"Adapted{base_class.__name__}", (AdapterLayer, base_class), body)
     return _adapted[base_class]
 

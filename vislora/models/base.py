@@ -24,25 +24,40 @@ EMBEDDED = Path(__file__).parent.parent / "assets" / "base"
 
 
 @dataclass(frozen=True)
-class Defaults:
-    """What a base is used with when nothing else is said. `size_step`: sides must be multiples of it (pixels)."""
+class Card:
+    """What a family is recognised by. `attributes`: component of an adapter -> attribute of the pipeline."""
+
+    name: str
+    pipelines: tuple[str, ...]
+    denoiser: str
+    attributes: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a loaded base is used with when nothing else is said, and what adapter files tell other programs about it.
+
+    `resolution`: pixels. `size_step`: sides of training images are multiples of it. `tags`: metadata keys of files.
+    """
 
     resolution: int
     size_step: int
     steps: int
     guidance_scale: float
+    tags: Mapping[str, str]
 
 
 class Family(Protocol):
-    """One kind of base model, loaded and frozen. Pixels are in [-1, 1]; latents are scaled as the denoiser wants them."""
+    """One kind of base model, loaded and frozen.
 
-    name: ClassVar[str]
-    pipelines: ClassVar[tuple[str, ...]]
-    denoiser: ClassVar[str]
-    attributes: ClassVar[Mapping[str, str]]
+    Pixels are in [-1, 1]; latents are scaled as the denoiser wants them. `components`: component -> module, with the
+    denoiser first. `pipeline`: the diffusers pipeline of the same modules.
+    """
+
+    card: ClassVar[Card]
     components: Mapping[str, nn.Module]
     objective: Objective
-    defaults: Defaults
+    traits: Traits
     pipeline: Any
 
     @classmethod
@@ -71,9 +86,9 @@ def load_family(base: str | Path | None, dtype: torch.dtype, device: torch.devic
     path = Path(base) if base else EMBEDDED
     class_name = _pipeline_class(path)
     for family in FAMILIES.values():
-        if class_name in family.pipelines:
+        if class_name in family.card.pipelines:
             return _loaded(family, path, dtype, device)
-    known = ", ".join(name for family in FAMILIES.values() for name in family.pipelines)
+    known = ", ".join(name for family in FAMILIES.values() for name in family.card.pipelines)
     raise ModelError(f"base {path} is a {class_name}, which no family of vislora handles; known: {known}")
 
 
@@ -86,17 +101,17 @@ def components_of(pipeline: Any) -> tuple[str | None, dict[str, nn.Module]]:
     if isinstance(pipeline, nn.Module):
         return None, {"denoiser": pipeline}
     for family in FAMILIES.values():
-        found = {name: getattr(pipeline, attribute, None) for name, attribute in family.attributes.items()}
-        if _is_family(family, pipeline, found["denoiser"]):
-            return family.name, {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+        found = {name: getattr(pipeline, attribute, None) for name, attribute in family.card.attributes.items()}
+        if _is_family(family.card, pipeline, found["denoiser"]):
+            return family.card.name, {name: module for name, module in found.items() if isinstance(module, nn.Module)}
     for attribute in ("unet", "transformer"):
         if isinstance(getattr(pipeline, attribute, None), nn.Module):
             return None, {"denoiser": getattr(pipeline, attribute)}
     raise ModelError(f"{type(pipeline).__name__} is neither a module nor a pipeline with a unet or transformer")
 
 
-def read_defaults(path: Path, pipeline: Any, resolution: int, size_step: int) -> Defaults:
-    """Return the defaults of a base: its pipeline's, or what `vislora.json` in its folder says."""
+def read_traits(path: Path, pipeline: Any, resolution: int, size_step: int, tags: Mapping[str, str]) -> Traits:
+    """Return the traits of a base: its pipeline's defaults, or what `vislora.json` in its folder says."""
     signature = inspect.signature(type(pipeline).__call__).parameters
     values = {
         "resolution": resolution,
@@ -107,7 +122,7 @@ def read_defaults(path: Path, pipeline: Any, resolution: int, size_step: int) ->
     own = path / "vislora.json"
     if own.is_file():
         values.update(json.loads(own.read_text()))
-    return Defaults(**values)
+    return Traits(**values, tags=tags)
 
 
 def _pipeline_class(path: Path) -> str:
@@ -160,7 +175,7 @@ def _loaded(family: type[Family], path: Path, dtype: torch.dtype, device: torch.
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the loading bars and the notes about packages that nothing here needs off the screen; put them back after."""
+    """Keep loading bars, and notes about packages that nothing here needs, off the screen; put them back after."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -177,8 +192,8 @@ def _quiet() -> Iterator[None]:
             logger.enable_progress_bar()
 
 
-def _is_family(family: type[Family], pipeline: Any, denoiser: Any) -> bool:
+def _is_family(card: Card, pipeline: Any, denoiser: Any) -> bool:
     """A family is its denoiser's class and exactly its text encoders: SDXL has a UNet too, but two of them."""
-    expected = {attribute for name, attribute in family.attributes.items() if name != "denoiser"}
+    expected = {attribute for component, attribute in card.attributes.items() if component != "denoiser"}
     present = {name for name in getattr(pipeline, "components", {}) if name.startswith("text_encoder")}
-    return type(denoiser).__name__ == family.denoiser and present == expected
+    return type(denoiser).__name__ == card.denoiser and present == expected

@@ -10,20 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from vislora.diffusion import Discrete
-from vislora.models.base import Defaults, read_defaults
+from vislora.models.base import Card, Traits, read_traits
 
 
 class StableDiffusion:
     """A loaded `StableDiffusionPipeline`. See `models.base.Family`."""
 
-    name: ClassVar[str] = "sd"
-    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
-    denoiser: ClassVar[str] = "UNet2DConditionModel"
-    attributes: ClassVar[Mapping[str, str]] = {"denoiser": "unet", "te:clip_l": "text_encoder"}
+    card: ClassVar[Card] = Card(
+        name="sd",
+        pipelines=("StableDiffusionPipeline",),
+        denoiser="UNet2DConditionModel",
+        attributes={"denoiser": "unet", "te:clip_l": "text_encoder"},
+    )
 
-    def __init__(self, pipeline: Any, defaults: Defaults) -> None:
+    def __init__(self, pipeline: Any, traits: Traits) -> None:
         self.pipeline = pipeline
-        self.defaults = defaults
+        self.traits = traits
         self.components: dict[str, nn.Module] = {"denoiser": pipeline.unet, "te:clip_l": pipeline.text_encoder}
         self.objective = _objective(pipeline.scheduler)
 
@@ -37,7 +39,8 @@ class StableDiffusion:
         factor = pipeline.vae_scale_factor
         unet = pipeline.unet.config
         size_step = factor * 2 ** (len(unet.block_out_channels) - 1)
-        return cls(pipeline, read_defaults(path, pipeline, unet.sample_size * factor, size_step))
+        resolution = unet.sample_size * factor
+        return cls(pipeline, read_traits(path, pipeline, resolution, size_step, _tags(pipeline, resolution)))
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Return the scaled mode of the VAE's posterior."""
@@ -62,3 +65,23 @@ def _objective(scheduler: Any) -> Discrete:
     training = DDPMScheduler.from_config(scheduler.config)
     kind = "v" if training.config.prediction_type == "v_prediction" else "epsilon"
     return Discrete(training.alphas_cumprod, kind)  # type: ignore[arg-type]
+
+
+def _tags(pipeline: Any, resolution: int) -> dict[str, str]:
+    """SD 2.x is told from 1.x by the width of its text features; the names are those of sd-scripts and ModelSpec."""
+    v_prediction = pipeline.scheduler.config.get("prediction_type") == "v_prediction"
+    prediction = "v" if v_prediction else "epsilon"
+    if pipeline.unet.config.cross_attention_dim != 1024:
+        return _spec("sd_v1", "False", "stable-diffusion-v1", prediction)
+    size = f"{resolution}-v" if v_prediction else str(resolution)
+    return _spec(f"sd_v2{'_v' if v_prediction else ''}", "True", f"stable-diffusion-v2-{size}", prediction)
+
+
+def _spec(version: str, is_v2: str, architecture: str, prediction: str) -> dict[str, str]:
+    return {
+        "ss_base_model_version": version,
+        "ss_v2": is_v2,
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.prediction_type": prediction,
+    }

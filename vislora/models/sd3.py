@@ -10,26 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from vislora.diffusion import Flow
-from vislora.models.base import Defaults, read_defaults
+from vislora.models.base import Card, Traits, read_traits
 
 
 class StableDiffusion3:
     """A loaded `StableDiffusion3Pipeline`; T5 may be left out of the folder. See `models.base.Family`."""
 
-    name: ClassVar[str] = "sd3"
-    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
-    denoiser: ClassVar[str] = "SD3Transformer2DModel"
-    attributes: ClassVar[Mapping[str, str]] = {
-        "denoiser": "transformer",
-        "te:clip_l": "text_encoder",
-        "te:clip_g": "text_encoder_2",
-        "te:t5": "text_encoder_3",
-    }
+    card: ClassVar[Card] = Card(
+        name="sd3",
+        pipelines=("StableDiffusion3Pipeline",),
+        denoiser="SD3Transformer2DModel",
+        attributes={
+            "denoiser": "transformer",
+            "te:clip_l": "text_encoder",
+            "te:clip_g": "text_encoder_2",
+            "te:t5": "text_encoder_3",
+        },
+    )
 
-    def __init__(self, pipeline: Any, defaults: Defaults) -> None:
+    def __init__(self, pipeline: Any, traits: Traits) -> None:
         self.pipeline = pipeline
-        self.defaults = defaults
-        found = {name: getattr(pipeline, attribute) for name, attribute in self.attributes.items()}
+        self.traits = traits
+        found = {name: getattr(pipeline, attribute) for name, attribute in self.card.attributes.items()}
         self.components: dict[str, nn.Module] = {name: module for name, module in found.items() if module is not None}
         self.objective = Flow(shift=float(pipeline.scheduler.config.shift))
 
@@ -41,7 +43,7 @@ class StableDiffusion3:
         pipeline = StableDiffusion3Pipeline.from_pretrained(path, dtype=dtype).to(device)
         factor, patch = pipeline.vae_scale_factor, pipeline.transformer.config.patch_size
         resolution = pipeline.transformer.config.sample_size * factor
-        return cls(pipeline, read_defaults(path, pipeline, resolution, factor * patch))
+        return cls(pipeline, read_traits(path, pipeline, resolution, factor * patch, _tags(pipeline)))
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Return the shifted and scaled mode of the VAE's posterior."""
@@ -64,3 +66,17 @@ class StableDiffusion3:
             pooled_projections=conditioning["pooled"],
             return_dict=False,
         )[0]
+
+
+def _tags(pipeline: Any) -> dict[str, str]:
+    """The names are those of sd-scripts and ModelSpec; the depth of the transformer tells the sizes apart."""
+    depth = pipeline.transformer.config.num_layers
+    dual = bool(pipeline.transformer.config.get("dual_attention_layers"))
+    size = "3.5-medium" if dual else "3.5-large" if depth == 38 else "3-medium"
+    return {
+        "ss_base_model_version": f"sd{size.replace('-medium', '_m').replace('-large', '_l')}",
+        "ss_v2": "False",
+        "modelspec.architecture": f"stable-diffusion-{size}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.prediction_type": "flow",
+    }
