@@ -6,6 +6,7 @@ its class back. Adapter tensors are no parameters of the base layer: they live i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -193,41 +194,56 @@ def require_removable(layer: nn.Module, path: str, name: str) -> None:
 def _change_class(layer: nn.Module, cls: type[nn.Module]) -> None:
     """Change the class, and point every `forward` that offload hooks captured from `layer` at the new one.
 
-    accelerate keeps the captured method in `_old_forward`, diffusers in the function references of `_diffusers_hook`;
-    both shadow the class's `forward` with one in the instance, which a change of class alone would not reach.
+    Such hooks shadow the class's `forward` with one in the instance, which a change of class alone would not reach.
     """
-    for holder, key in _captured(layer):
+    for holder, key in list(_captured(layer)):
         if _is_own_forward(layer, holder.get(key)):
             holder[key] = MethodType(cls.forward, layer)
     layer.__class__ = cls
 
 
-def _captured(layer: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    yield layer.__dict__, "forward"
-    yield layer.__dict__, "_old_forward"
-    link = layer.__dict__.get("forward")
-    while isinstance(link, partial):
-        yield vars(link), "__wrapped__"
-        link = vars(link).get("__wrapped__")
-    hooks = layer.__dict__.get("_diffusers_hook")
-    for reference in getattr(hooks, "_fn_refs", ()):
-        yield vars(reference), "forward"
-        yield vars(reference), "original_forward"
-
-
-def _is_own_forward(layer: nn.Module, value: Any) -> bool:
-    return isinstance(value, MethodType) and value.__self__ is layer and value.__func__ is type(layer).forward
-
-
 def _require_reachable(layer: nn.Module, path: str, action: str) -> None:
-    """Follow a `forward` in the instance through the hooks that `_captured` knows, down to the class's own."""
-    forward = layer.__dict__.get("forward")
-    while isinstance(forward, partial) and forward.func.__module__ in HOOKS:
-        forward = vars(forward).get("__wrapped__")
-    if "forward" in layer.__dict__ and not _is_own_forward(layer, forward):
-        function = getattr(forward, "__func__", forward)
-        owner = getattr(function, "__module__", None) or "unknown code"
+    """Raise `AdapterMismatchError` when the instance's `forward` leads anywhere but to the class's own."""
+    for holder, key in _captured(layer):
+        value = holder.get(key)
+        replaced = key == "forward" and holder.get("original_forward") is not None  # by a hook that calls the original
+        if value is None or replaced or _is_own_forward(layer, value) or _hook_module(value) in HOOKS:
+            continue
+        owner = getattr(getattr(value, "__func__", value), "__module__", None) or "unknown code"
         raise AdapterMismatchError(
             f"layer '{path}' has a forward of its own (from {owner}) that would bypass an adapter; "
             f"remove it, {action} the adapter, then install it again"
         )
+
+
+def _captured(layer: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield every place, as a dict and its key, where the hooks on `layer` keep a `forward`: from outside to inside."""
+    pending: list[tuple[dict[str, Any], str]] = [(layer.__dict__, "forward")]
+    seen = set()
+    while pending:
+        holder, key = pending.pop()
+        if (id(holder), key) in seen:
+            continue
+        seen.add((id(holder), key))
+        yield holder, key
+        pending += _behind(layer, holder.get(key))
+
+
+def _behind(layer: nn.Module, link: Any) -> list[tuple[dict[str, Any], str]]:
+    """Return where the hook `link` keeps what it calls: accelerate in the layer, diffusers in a closure."""
+    origin = _hook_module(link)
+    if origin not in HOOKS:
+        return []
+    places = [(vars(link), "__wrapped__")]
+    if origin == "accelerate.hooks":
+        return [*places, (layer.__dict__, "_old_forward")]
+    reference = vars(inspect.getclosurevars(link.func).nonlocals["function_reference"])
+    return [*places, (reference, "forward"), (reference, "original_forward")]
+
+
+def _hook_module(link: Any) -> str | None:
+    return link.func.__module__ if isinstance(link, partial) else None
+
+
+def _is_own_forward(layer: nn.Module, value: Any) -> bool:
+    return isinstance(value, MethodType) and value.__self__ is layer and value.__func__ is type(layer).forward
