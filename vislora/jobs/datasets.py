@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from vislora.config.train import TrainConfig
 from vislora.data.buckets import Bucket, assign, bucket_notes, bucket_summary
 from vislora.data.cache import Cache, weights_fingerprint
 from vislora.data.dataset import TrainingSet
 from vislora.data.encode import cache_latents, cache_texts, views
 from vislora.data.sampler import Sampler
 from vislora.data.scan import Example, dataset_hash, scan
+from vislora.jobs.plan import Plan
 from vislora.jobs.run_folder import RunFolder
 from vislora.models.base import Family
 from vislora.models.sampling import vae_as
@@ -43,9 +43,9 @@ class Prepared:
             yield tensors
 
 
-def prepare_data(config: TrainConfig, family: Family, folder: RunFolder) -> Generator[Record, None, Prepared]:
+def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Record, None, Prepared]:
     """Scan the folder, sort into buckets, encode what the cache does not have. Raises `DataError`."""
-    data = config.data
+    config, data = plan.config, plan.config.data
     found = scan(
         data.folder,
         captions=data.captions,
@@ -56,9 +56,8 @@ def prepare_data(config: TrainConfig, family: Family, folder: RunFolder) -> Gene
     )
     for path, reason in found.skipped:
         yield Note(f"skipped {path}: {reason}", "warning")
-    resolution = data.resolution or family.traits.resolution
     step = family.traits.size_step
-    buckets = assign(found.examples, resolution, step, max_aspect=data.max_aspect, upscale=data.upscale)
+    buckets = assign(found.examples, plan.resolution, step, max_aspect=data.max_aspect, upscale=data.upscale)
     for line in [*found.notes, *bucket_notes(found.examples, buckets), *bucket_summary(buckets)]:
         yield Note(line)
     cache = Cache(data.cache or folder.root / "cache")
@@ -72,7 +71,7 @@ def prepare_data(config: TrainConfig, family: Family, folder: RunFolder) -> Gene
         captions = [example.caption for example in found.examples]
         keys = yield from cache_texts(cache, captions, family.encode_prompt, fingerprint=_text_fingerprint(family))
     dataset = TrainingSet(cache, wanted, keys, seed=config.seed, caption_dropout=data.caption_dropout)
-    sampler = Sampler(buckets, config.loop.batch_size, config.seed, data.repeats)
+    sampler = Sampler(buckets, plan.batch_size, config.seed, data.repeats)
     return Prepared(found.examples, buckets, dataset, sampler)
 
 

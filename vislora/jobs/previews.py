@@ -23,7 +23,7 @@ def preview(job: Run, step: int) -> Iterator[Note]:
     sample, traits = job.config.sample, job.family.traits
     prompts = sample.prompts or tuple(example.caption for example in job.data.examples[:4])
     shots = [Shot(prompt, sample.negative_prompt, sample.seed + number) for number, prompt in enumerate(prompts)]
-    side = job.config.data.resolution or traits.resolution
+    side = job.plan.resolution
     how = Sampling(traits.steps, traits.guidance_scale, side, side)
     job.module.eval()
     images: list[Image.Image] = []

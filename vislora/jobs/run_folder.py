@@ -54,11 +54,10 @@ class RunFolder:
         return folder / (stem if format == "peft" else f"{stem}.safetensors")
 
 
-def prepare(config: TrainConfig) -> tuple[RunFolder, dict[str, Any] | None]:
+def open_folder(config: TrainConfig) -> tuple[RunFolder, dict[str, Any] | None]:
     """Return the run folder and, for a run that goes on, the state of its last checkpoint.
 
-    Raises `ConfigError` when the folder holds a run and neither `resume` nor `overwrite` is set, or when a setting
-    that a step depends on is not what it was.
+    Raises `ConfigError` when the folder holds a run and neither `resume` nor `overwrite` is set.
     """
     folder = RunFolder(config.output, config.name or config.output.name)
     found = checkpoints(folder.checkpoints)
@@ -66,17 +65,25 @@ def prepare(config: TrainConfig) -> tuple[RunFolder, dict[str, Any] | None]:
         _clear(folder, config.format)
     elif not config.resume and (found or folder.config.exists()):
         raise ConfigError(f"{folder.root} holds a run already: --resume goes on with it, --overwrite starts anew")
-    state = load_checkpoint(found[-1]) if config.resume and found else None
+    return folder, load_checkpoint(found[-1]) if config.resume and found else None
+
+
+def settle(config: TrainConfig, folder: RunFolder, state: dict[str, Any] | None) -> None:
+    """Write the resolved settings into the folder.
+
+    Raises `ConfigError` when the run goes on and a setting that a step depends on is not what it was.
+    """
     if state is not None:
-        _require_same(state["settings"], settings_of(config), found[-1])
+        _require_same(state["settings"], settings_of(config), folder.checkpoints)
     write_text(folder.config, dump(config))
-    return folder, state
 
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """Return every setting that a step depends on, as flat dotted names."""
     flat = _flat(config.model_dump(mode="json"))
-    return {key: value for key, value in flat.items() if not key.startswith(FREE) and key not in (*FREE_DATA, *FREE_LOOP)}
+    return {
+        key: value for key, value in flat.items() if not key.startswith(FREE) and key not in (*FREE_DATA, *FREE_LOOP)
+    }
 
 
 def cut_log(path: Path, step: int) -> None:

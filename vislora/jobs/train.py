@@ -22,9 +22,10 @@ from vislora.inject.targets import Target, select
 from vislora.jobs.adapter_files import Trained, adapter_file
 from vislora.jobs.datasets import Prepared, prepare_data
 from vislora.jobs.devices import DTYPES, pick_device, pick_precision
+from vislora.jobs.plan import Plan, make_plan
 from vislora.jobs.previews import preview
 from vislora.jobs.recipes import base_hash
-from vislora.jobs.run_folder import RunFolder, cut_log, prepare, settings_of
+from vislora.jobs.run_folder import RunFolder, cut_log, open_folder, settings_of, settle
 from vislora.models.base import EMBEDDED, Family, load_family
 from vislora.records import Done, Note, Progress, Record, result
 from vislora.training.checkpoints import save_checkpoint
@@ -41,7 +42,7 @@ FRESH = "training"
 class Run:
     """Everything that one run holds."""
 
-    config: TrainConfig
+    plan: Plan
     folder: RunFolder
     family: Family
     data: Prepared
@@ -51,6 +52,11 @@ class Run:
     optimizer: torch.optim.Optimizer
     about: Trained
     step: int = 0
+
+    @property
+    def config(self) -> TrainConfig:
+        """The resolved settings."""
+        return self.plan.config
 
 
 @dataclass(frozen=True)
@@ -70,21 +76,23 @@ def train(**settings: Any) -> TrainedAdapter:
 def run(config: TrainConfig) -> Iterator[Record]:
     """Train as `config` says; yields notes and progress, then the adapter. The base is as before when it ends."""
     started = time.time()
-    folder, state = prepare(config)
+    folder, state = open_folder(config)
     accelerator = _accelerator(config, folder)
     try:
         family = _load_base(config, accelerator)
-        data = yield from prepare_data(config, family, folder)
+        plan = make_plan(config, family.traits)
+        settle(plan.config, folder, state)
+        data = yield from prepare_data(plan, family, folder)
         about = Trained(
             family, base_hash(Path(config.base) if config.base else EMBEDDED), data.examples, data.buckets, started
         )
         adapters = _inject(config, family)
         for line in summary(family.components, adapters):
             yield Note(line)
-        job = _assemble(config, folder, family, data, adapters, accelerator, about)
+        job = _assemble(plan, folder, family, data, adapters, accelerator, about)
         if state is not None:
             _restore(job, state)
-            yield Note(f"going on from step {job.step} of {config.loop.steps}")
+            yield Note(f"going on from step {job.step} of {plan.steps}")
         yield from _loop(job)
     finally:
         accelerator.end_training()
@@ -102,8 +110,8 @@ def _loop(job: Run) -> Generator[Record, None, None]:
         for record in _steps(job):
             job.step = record.step
             _log(job, record)
-            yield _progress(record, loop.steps, began, first)
-            if loop.save_every and job.step % loop.save_every == 0 and job.step < loop.steps:
+            yield _progress(record, job.plan.steps, began, first)
+            if loop.save_every and job.step % loop.save_every == 0 and job.step < job.plan.steps:
                 _checkpoint(job)
             if sample.every and job.step % sample.every == 0:
                 yield from preview(job, job.step)
@@ -116,7 +124,7 @@ def _loop(job: Run) -> Generator[Record, None, None]:
 def _steps(job: Run) -> Iterator[StepRecord]:
     config = job.config
     options = LoopOptions(
-        steps=config.loop.steps,
+        steps=job.plan.steps,
         accumulation=config.loop.gradient_accumulation,
         schedule=config.optimizer.schedule,
         warmup_steps=config.optimizer.warmup_steps,
@@ -189,7 +197,7 @@ def _inject(config: TrainConfig, family: Family) -> dict[str, AdapterSet]:
 
 
 def _assemble(
-    config: TrainConfig,
+    plan: Plan,
     folder: RunFolder,
     family: Family,
     data: Prepared,
@@ -197,17 +205,15 @@ def _assemble(
     accelerator: Accelerator,
     about: Trained,
 ) -> Run:
-    settings = config.optimizer
-    text_rate = settings.text_encoder_learning_rate or settings.learning_rate / 2
+    config = plan.config
     groups = [
-        ParameterGroup(parameters.parameters(), settings.learning_rate if name == "denoiser" else text_rate)
+        ParameterGroup(parameters.parameters(), plan.learning_rate if name == "denoiser" else plan.text_learning_rate)
         for name, parameters in adapters.items()
     ]
-    options = LossOptions(config.loop.min_snr_gamma, config.loop.noise_offset)
-    module = DenoisingLoss(family, adapters, options)
-    optimizer = make_optimizer(settings.name, groups, settings.weight_decay)
+    module = DenoisingLoss(family, adapters, LossOptions(config.loop.min_snr_gamma, config.loop.noise_offset))
+    optimizer = make_optimizer(config.optimizer.name, groups, config.optimizer.weight_decay)
     module, optimizer = accelerator.prepare(module, optimizer)
-    return Run(config, folder, family, data, adapters, accelerator, module, optimizer, about)
+    return Run(plan, folder, family, data, adapters, accelerator, module, optimizer, about)
 
 
 def _restore(job: Run, state: Mapping[str, Any]) -> None:
@@ -236,15 +242,15 @@ def _checkpoint(job: Run) -> None:
 
 def _finish(job: Run) -> Generator[Record, None, None]:
     """Save the adapter and take it off the base."""
-    config, finished = job.config, job.step >= job.config.loop.steps
+    config, finished = job.config, job.step >= job.plan.steps
     path = job.folder.adapter(config.format, None if finished else job.step)
     if job.accelerator.is_main_process:
-        formats.save(adapter_file(job.adapters, config, job.about, job.folder.name, job.step), path, config.format)
+        formats.save(adapter_file(job.adapters, job.plan, job.about, job.folder.name, job.step), path, config.format)
     for component in job.adapters:
         eject(job.family.components[component], FRESH)
     text = f"adapter: {path}"
     if not finished:
-        text = f"stopped at step {job.step} of {config.loop.steps}; go on with --resume\n{text}"
+        text = f"stopped at step {job.step} of {job.plan.steps}; go on with --resume\n{text}"
     yield Done(TrainedAdapter(path, job.step, finished), text, 0 if finished else 130)
 
 
