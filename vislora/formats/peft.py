@@ -15,15 +15,13 @@ from typing import TYPE_CHECKING
 from vislora.formats.contract import Format, Packed, Stored, folder_of
 from vislora.formats.names import FOLDERS, Place, canonical, component_of
 from vislora.formats.parsed import ParsedModule, Part, collect, module_of
-from vislora.formats.peft_config import METADATA_KEY, apply_config, make_config, read_metadata
+from vislora.formats.peft_config import COMPONENT_KEY, METADATA_KEY, apply_config, make_config, read_metadata
 from vislora.formats.slots import PEFT_SUFFIXES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ROOT = "base_model.model."
-# in the header of adapter_model.safetensors, which PEFT does not look at: a lone folder does not say what it is for
-COMPONENT_KEY = "vislora.component"
 _PREFIX = re.compile(rf"(?:({'|'.join(FOLDERS)})\.)?(?:base_model\.model\.)+(?:({'|'.join(FOLDERS)})\.)?")
 
 
@@ -41,7 +39,7 @@ def parse(part: Part, keys: list[str]) -> list[ParsedModule]:
         path = raw_name[found.end() :] if found else raw_name
         folder = part.folder or (found and (found[1] or found[2])) or ""
         said = part.header.metadata.get(COMPONENT_KEY) if part.config is not None else None
-        module.component = said or component_of(folder, path)
+        module.component = said if said in FOLDERS.values() else component_of(folder, path)
         module.path = canonical(path) if module.component.startswith("te:clip") else path
         if part.config is not None:
             apply_config(module, path, part.config)

@@ -153,6 +153,19 @@ def _write_file(packed: Packed, path: Path) -> None:
     if "sshs_model_hash" in metadata or "sshs_legacy_hash" in metadata:
         metadata.update(training_hashes(tensors, metadata))
     safetensors.torch.save_file(tensors, path, metadata)
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata in order of its keys: safetensors writes it in a new order every time, and equal adapters differ."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+        entries["__metadata__"] = dict(sorted(entries.get("__metadata__", {}).items()))
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def _write_folder(packed: Packed, folder: Path) -> None:

@@ -95,8 +95,8 @@ def as_json(report: ConvertReport) -> dict[str, Any]:
     return {"source": str(report.source), "destination": str(report.destination), **fields, "ok": report.ok}
 
 
-class _Unproven(Exception):  # noqa: N818 - carries a result out of `replacing`, which then leaves no file behind
-    pass
+class _Unproven(Exception):
+    """Leaves `replacing`, so that no file stays behind."""
 
 
 def _write(config: ConvertConfig, adapter: AdapterFile, report: ConvertReport) -> Iterator[Record]:
