@@ -165,4 +165,5 @@ KOHYA = Format(
     place=place,
     suffixes=KOHYA_SUFFIXES,
     pack=pack,
+    zero_alpha="rank",
 )

@@ -13,7 +13,7 @@ import re
 from typing import TYPE_CHECKING
 
 from vislora.formats.contract import Format, Packed, Stored, folder_of
-from vislora.formats.names import FOLDERS, Place, canonical, component_of
+from vislora.formats.names import FAMILY_NAMES, FOLDERS, Place, canonical, component_of
 from vislora.formats.parsed import ParsedModule, Part, collect, module_of
 from vislora.formats.peft_config import COMPONENT_KEY, METADATA_KEY, apply_config, make_config, read_metadata
 from vislora.formats.slots import PEFT_SUFFIXES
@@ -50,8 +50,13 @@ def parse(part: Part, keys: list[str]) -> list[ParsedModule]:
 
 
 def place(component: str, path: str, family: str | None) -> Place | None:
-    """Return `<component>.base_model.model.<path>`; the component becomes the folder. Any path can be written."""
-    return Place(f"{folder_of(component, family, path)}.{ROOT}{path}")
+    """Return `<component>.base_model.model.<path>`; the component becomes the folder. Any path can be written.
+
+    PEFT matches a folder's names exactly, so they are those of the module tree of today's transformers.
+    """
+    names = FAMILY_NAMES.get(family or "")
+    flat = names is not None and component in names.flattened
+    return Place(f"{folder_of(component, family, path)}.{ROOT}{path.removeprefix('text_model.') if flat else path}")
 
 
 def pack(modules: list[Stored], family: str | None, metadata: dict[str, str]) -> list[Packed]:

@@ -88,6 +88,8 @@ def why_unwritable(module: AdapterModule, form: Format, family: str | None) -> s
     if form.place(module.component, module.path, family) is None:
         model = f"of family '{family}'" if family else "of an unknown family (name it with the setting `family`)"
         return f"no {form.name} name for these layers {model}"
+    if module.alpha == 0.0 and form.zero_alpha == "rank":
+        return f"alpha 0 means alpha = rank in {form.name} files"
     slots = sorted(set(module.tensors) - set(form.suffixes))
     return f"{form.name} files have no slot for {' and '.join(slots)}" if slots else ""
 
