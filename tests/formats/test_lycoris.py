@@ -25,7 +25,9 @@ def test_deltas_are_those_of_lycoris(name):
         assert torch.linalg.vector_norm(delta - expected) <= 5e-8 * torch.linalg.vector_norm(base[key].double())
         assert torch.linalg.vector_norm(delta - expected) <= 2e-6 * torch.linalg.vector_norm(delta)
         merged = (base[key].double() + delta).float()
-        assert torch.equal(merged - base[key], expected) or torch.allclose(merged - base[key], expected, rtol=0, atol=3e-8)
+        assert torch.equal(merged - base[key], expected) or torch.allclose(
+            merged - base[key], expected, rtol=0, atol=3e-8
+        )
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,11 @@ def test_a_text_encoder_alone_needs_a_family_for_kohya(tmp_path):
 
 def test_one_layer_under_two_names_is_read_once_when_equal_and_refused_when_not(tmp_path):
     half = {"lora_down.weight": torch.ones(2, 4), "lora_up.weight": torch.ones(4, 2)}
-    twice = {f"{name}.{end}": tensor.clone() for name in ("lora_unet_conv_in", "lycoris_conv_in") for end, tensor in half.items()}
+    twice = {
+        f"{name}.{end}": tensor.clone()
+        for name in ("lora_unet_conv_in", "lycoris_conv_in")
+        for end, tensor in half.items()
+    }
     save_file(twice, tmp_path / "a.safetensors")
     read = formats.load(tmp_path / "a.safetensors")
     assert len(read.modules) == 1
