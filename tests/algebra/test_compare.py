@@ -4,8 +4,8 @@ from copy import deepcopy
 
 import pytest
 import torch
-from tests.formats.format_helpers import sd_adapter
 
+from tests.formats.format_helpers import sd_adapter
 from vislora.algebra.compare import compare
 from vislora.errors import AdapterFileError
 

@@ -59,7 +59,7 @@ def same_tensors(path: Path, expected: dict[str, Tensor]) -> None:
 
 
 def module(path: str, component: str = "denoiser", rank: int = 4, alpha: float | None = 2.0, **more) -> AdapterModule:
-    """Make a LoRA module with random numbers in both halves; `shape`, `kind`, `tucker`, `dtype`, `rule` may be given."""
+    """Make a LoRA module with random numbers in both halves; `more`: shape, kind, tucker, dtype, rule."""
     shape = more.pop("shape", (24, 16))
     kind = more.pop("kind", "conv" if len(shape) > 2 else "linear")
     seeded = torch.Generator().manual_seed(sum(map(ord, path)) + rank)

@@ -10,8 +10,8 @@ import zipfile
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
-from tests.formats.format_helpers import sd_adapter
 
+from tests.formats.format_helpers import sd_adapter
 from vislora import formats
 from vislora.errors import AdapterFileError
 from vislora.formats.header import read_header
@@ -168,10 +168,10 @@ def test_folders_without_an_adapter(tmp_path):
     with pytest.raises(AdapterFileError, match="no such file"):
         formats.load(tmp_path / "nothing.safetensors")
     (tmp_path / "a").mkdir()
-    with pytest.raises(AdapterFileError, match="without adapter_config.json"):
+    with pytest.raises(AdapterFileError, match=r"without adapter_config\.json"):
         formats.load(tmp_path / "a")
     (tmp_path / "a" / "adapter_config.json").write_text("{}")
-    with pytest.raises(AdapterFileError, match="no adapter_model.safetensors"):
+    with pytest.raises(AdapterFileError, match=r"no adapter_model\.safetensors"):
         formats.load(tmp_path / "a")
     (tmp_path / "a" / "adapter_model.bin").write_bytes(b"PK")
     with pytest.raises(AdapterFileError, match="is a pickle"):

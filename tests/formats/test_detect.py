@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.formats.format_helpers import REPOSITORY, module, sd_adapter
 
+from tests.formats.format_helpers import REPOSITORY, module, sd_adapter
 from vislora import formats
 from vislora.formats.adapter_file import AdapterFile
 from vislora.formats.detect import looks_like, parse_file

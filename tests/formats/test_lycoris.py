@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.formats.format_helpers import fixture
 
+from tests.formats.format_helpers import fixture
 from vislora import formats
 from vislora.algebra.compare import compare
 from vislora.errors import AdapterFileError

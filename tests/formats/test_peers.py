@@ -10,11 +10,11 @@ from diffusers import SD3Transformer2DModel, StableDiffusionPipeline, UNet2DCond
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
-from tests.formats.format_helpers import module
-from tests.formats.test_sd3 import TINY
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from tests.formats.format_helpers import module
+from tests.formats.test_sd3 import TINY
 from vislora import formats
 from vislora.algebra.compare import compare
 from vislora.formats.adapter_file import AdapterFile
@@ -168,7 +168,7 @@ def test_diffusers_loads_our_sd3_files(tmp_path):
 
 
 def test_per_module_alphas_of_kohya_files_survive(pipeline, models, tmp_path):
-    """The file in which diffusers' own reader mis-scales attention (modal alpha): ours, as a diffusers file, is right."""
+    """diffusers' own reader mis-scales attention in such a file (modal alpha); as our diffusers file it is right."""
     unet, _ = models
     generator = torch.Generator().manual_seed(3)
     tensors = {}

@@ -10,8 +10,8 @@ from itertools import product
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.formats.format_helpers import materialise, module, same_tensors, sd_adapter
 
+from tests.formats.format_helpers import materialise, module, same_tensors, sd_adapter
 from vislora import formats
 from vislora.algebra.compare import compare
 from vislora.errors import AdapterFileError

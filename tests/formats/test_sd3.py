@@ -7,8 +7,8 @@ import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from safetensors.torch import load_file, save_file
-from tests.formats.format_helpers import module
 
+from tests.formats.format_helpers import module
 from vislora import formats
 from vislora.algebra.compare import compare
 from vislora.errors import AdapterFileError

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.formats.format_helpers import module, sd_adapter
 
 import vislora.jobs.convert as job
+from tests.formats.format_helpers import module, sd_adapter
 from vislora import formats
 from vislora.algebra.compare import compare
 from vislora.config.convert import ConvertConfig
@@ -99,7 +99,7 @@ def test_places(source, tmp_path):
     (tmp_path / "taken.safetensors").write_bytes(b"precious")
     with pytest.raises(ConfigError, match="set overwrite"):
         convert(source, tmp_path / "taken.safetensors", "kohya")
-    with pytest.raises(VisloraError, match="named \\*.safetensors"):
+    with pytest.raises(VisloraError, match=r"named \*\.safetensors"):
         convert(source, tmp_path / "a.pt", "kohya")
     with pytest.raises(VisloraError, match="a peft adapter is a folder"):
         convert(source, tmp_path / "a.safetensors", "peft")

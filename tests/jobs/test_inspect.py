@@ -6,8 +6,8 @@ import sys
 
 import torch
 from safetensors.torch import save_file
-from tests.formats.format_helpers import REPOSITORY, sd_adapter
 
+from tests.formats.format_helpers import REPOSITORY, sd_adapter
 from vislora import formats
 from vislora.config.inspect import InspectConfig
 from vislora.jobs.inspect import inspect, run

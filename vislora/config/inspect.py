@@ -9,7 +9,6 @@ from tyro.conf import Positional
 
 from vislora.config.base import Section
 
-
 # pydantic warns of a field named as its long deprecated BaseModel.json; nothing here calls that
 warnings.filterwarnings("ignore", message='Field name "json"')
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vislora.errors import AdapterFileError, listed
 from vislora.formats.container import open_parts
@@ -165,7 +166,7 @@ def _with_configs(
     metadata: Mapping[str, str], parts: list[Part], modules: list[ParsedModule], family: str | None
 ) -> dict[str, str]:
     """Return the metadata with PEFT's configs in the form that diffusers has for them."""
-    configs = {}
+    configs: dict[str, Mapping[str, Any]] = {}
     for module in modules:
         part = next((ref.part for ref in module.refs.values()), None)
         if part is not None and part.config is not None:

@@ -37,9 +37,9 @@ def parse(part: Part, keys: list[str]) -> list[ParsedModule]:
         module = module_of(part, raw_name, slots)
         found = _PREFIX.match(raw_name)
         path = raw_name[found.end() :] if found else raw_name
-        folder = part.folder or (found and (found[1] or found[2])) or ""
+        folder = part.folder or (found[1] or found[2] if found else "") or ""
         said = part.header.metadata.get(COMPONENT_KEY) if part.config is not None else None
-        module.component = said if said in FOLDERS.values() else component_of(folder, path)
+        module.component = said if said and said in FOLDERS.values() else component_of(folder, path)
         module.path = canonical(path) if module.component.startswith("te:clip") else path
         if part.config is not None:
             apply_config(module, path, part.config)

@@ -159,7 +159,7 @@ def _write_file(packed: Packed, path: Path) -> None:
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put the metadata in order of its keys: safetensors writes it in a new order every time, and equal adapters differ."""
+    """Put the metadata in order of its keys: safetensors writes it in another order every time."""
     with open(path, "r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         entries = json.loads(file.read(length))
