@@ -1,6 +1,8 @@
 """`python -m vislora`."""
 
+import sys
+
 from vislora.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -91,7 +91,7 @@ def _linear(x: Tensor, base_out: Tensor, slots: Slots, scale: float, rank_dropou
 
 
 def _conv_down(x: Tensor, slots: Slots, layer: nn.Module) -> Tensor:
-    """Apply A with the base layer's own stride, padding and dilation. Shapes: (batch, in, ...) -> (batch, r * groups, ...)."""
+    """Apply A with the base layer's own stride, padding and dilation: (batch, in, ...) -> (batch, r * groups, ...)."""
     down, groups = slots["down"], int(layer.groups)  # type: ignore[arg-type]
     if "mid" in slots:
         hidden = CONV[down.dim()](x, down)

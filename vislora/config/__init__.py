@@ -1,0 +1,1 @@
+"""Closed pydantic models of settings, one file per job."""

@@ -19,16 +19,34 @@ class Section(BaseModel):
 
     @classmethod
     def of(cls, values: Mapping[str, Any], where: str = "settings") -> Self:
-        """Validate `values` (nested mappings). Raises `ConfigError` with every problem, its dotted path and nearest name."""
+        """Validate `values` (nested mappings).
+
+        Raises `ConfigError` with every problem, its dotted path and the nearest name.
+        """
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
             raise ConfigError(list(_problems(cls, error)), where=f"{where}: {error.error_count()} problem(s)") from None
 
+    @classmethod
+    def check(cls, values: Mapping[str, Any], where: str = "settings") -> None:
+        """Raise `ConfigError` as `of` does, but not for what further settings can mend.
 
-def _problems(cls: type[Section], error: ValidationError) -> Iterator[str]:
+        That is: a missing setting, and a rule over several settings of a section.
+        """
+        try:
+            cls.model_validate(dict(values))
+        except ValidationError as error:
+            problems = list(_problems(cls, error, partial=True))
+            if problems:
+                raise ConfigError(problems, where=f"{where}: {len(problems)} problem(s)") from None
+
+
+def _problems(cls: type[Section], error: ValidationError, partial: bool = False) -> Iterator[str]:
     for item in error.errors():
         loc = item["loc"]
+        if partial and (item["type"] == "missing" or _is_rule_of_section(item)):
+            continue
         path = ".".join(str(part) for part in loc) or "(all)"
         if item["type"] == "extra_forbidden":
             section = _section_at(cls, loc[:-1])
@@ -38,6 +56,11 @@ def _problems(cls: type[Section], error: ValidationError) -> Iterator[str]:
             got = item["input"]
             shown = f" (got {got!r})" if isinstance(got, (str, int, float, bool)) and loc else ""
             yield f"{path}: {message}{shown}"
+
+
+def _is_rule_of_section(item: Mapping[str, Any]) -> bool:
+    """Say whether a section as a whole was refused: its validator saw a mapping, a field's sees a plain value."""
+    return item["type"] in ("value_error", "assertion_error") and isinstance(item["input"], (Mapping, Section))
 
 
 def _section_at(cls: type[Section], loc: tuple[int | str, ...]) -> type[Section] | None:
@@ -50,7 +73,11 @@ def _section_at(cls: type[Section], loc: tuple[int | str, ...]) -> type[Section]
 
 
 def _section_in(annotation: Any) -> type[Section] | None:
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, Section):
+    if (
+        isinstance(annotation, type)
+        and not isinstance(annotation, types.GenericAlias)
+        and issubclass(annotation, Section)
+    ):
         return annotation
     for argument in typing.get_args(annotation):
         found = _section_in(argument)

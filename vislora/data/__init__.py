@@ -1,0 +1,1 @@
+"""Training data: folder -> examples -> buckets -> cached latents and text features -> batches."""

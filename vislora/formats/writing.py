@@ -102,34 +102,22 @@ def family_for_writing(adapter_file: AdapterFile) -> str | None:
 
 def lay_out(modules: Iterable[AdapterModule], form: Format, family: str | None) -> list[Stored]:
     """Rename modules as `form` has them, fusing and swapping rows where its names stand for other layers."""
-    found: list[Stored] = []
+    singles: dict[str, Stored] = {}
     fused: dict[str, list[AdapterModule | None]] = {}
-    order: list[tuple[str, Stored | None]] = []
+    order: dict[str, None] = {}
     for module in modules:
         place = form.place(module.component, module.path or "", family)
         if place is None:
             raise AdapterFileError(f"{form.name} has no name for '{module.name}'")
+        index, count = place.part or (0, 1)
+        taken = fused.setdefault(place.name, [None] * count)
+        if taken[index] is not None:
+            raise AdapterFileError(f"several modules would be written as '{place.name}'")
+        taken[index] = module
+        order[place.name] = None
         if place.part is None:
-            order.append((place.name, stored(place.name, module, _swapped(module, place))))
-            continue
-        index, count = place.part
-        if place.name not in fused:
-            order.append((place.name, None))
-        fused.setdefault(place.name, [None] * count)[index] = module
-    for name, single in order:
-        found.append(fuse(name, fused[name]) if single is None else single)
-    twice = (
-        {item.name for item in found if sum(other.name == item.name for other in found) > 1}
-        if _repeats(found)
-        else set()
-    )
-    if twice:
-        raise AdapterFileError(f"several modules would be written as '{min(twice)}'")
-    return found
-
-
-def _repeats(found: list[Stored]) -> bool:
-    return len({item.name for item in found}) < len(found)
+            singles[place.name] = stored(place.name, module, _swapped(module, place))
+    return [singles[name] if name in singles else fuse(name, fused[name]) for name in order]
 
 
 def _swapped(module: AdapterModule, place: Place) -> bool:

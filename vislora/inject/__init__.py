@@ -1,0 +1,1 @@
+"""Puts adapters into any `nn.Module` and takes them out."""

@@ -1,0 +1,1 @@
+"""One `run(config)` per job: the only place where the layers meet."""

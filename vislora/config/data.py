@@ -1,0 +1,74 @@
+"""Settings of the training images and captions."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from vislora.config.base import Section
+
+_NAMED = {"white": "#ffffff", "black": "#000000", "gray": "#808080"}
+
+
+def _colour(value: str) -> str:
+    if value.lower() not in _NAMED and not re.fullmatch(r"#[0-9a-fA-F]{6}", value):
+        raise ValueError("must be white, black, gray or #rrggbb")
+    return value.lower()
+
+
+class DataConfig(Section):
+    """The training images: where they lie, where their captions come from, and how they are cut."""
+
+    folder: Path
+    """The folder of training images; subfolders are included."""
+
+    recursive: bool = True
+    """Read subfolders too."""
+
+    captions: Literal["auto", "txt", "metadata", "filename"] = "auto"
+    """Where captions come from: text files beside the images, metadata.jsonl or .csv, both of these, or file names."""
+
+    trigger: str | None = None
+    """A word put before every caption that does not have it yet."""
+
+    allow_missing_captions: bool = False
+    """Train images without a caption on the empty caption (or the trigger alone) instead of stopping."""
+
+    skip_bad: bool = False
+    """Leave unreadable images out, and name them, instead of stopping."""
+
+    background: Annotated[str, AfterValidator(_colour)] = "white"
+    """What transparent pixels are laid over: white, black, gray or #rrggbb."""
+
+    resolution: Annotated[int, Field(ge=16, le=4096, multiple_of=8)] | None = None
+    """Side, in pixels, of the square whose area no picture exceeds; without it, the base model's own."""
+
+    max_aspect: Annotated[float, Field(ge=1.0, le=8.0)] = 3.0
+    """The longest picture shape: long side over short side; 1 cuts every image to a square."""
+
+    upscale: bool = True
+    """Enlarge images that are smaller than their picture size; otherwise they get a smaller one."""
+
+    crop: Literal["center", "top", "random"] = "center"
+    """What to keep of an image that does not fit exactly: its middle, its top, or a few places chosen at random."""
+
+    flip: bool = False
+    """Show every image mirrored half of the time; not for text, logos or faces."""
+
+    repeats: Annotated[int, Field(ge=1, le=10_000)] = 1
+    """How often each image is seen in an epoch."""
+
+    caption_dropout: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """The share of the time, 0 to 1, that an image is seen with the empty caption."""
+
+    cache: Path | None = None
+    """Folder for latents and text features; without it, one beside the run."""
+
+    @property
+    def background_rgb(self) -> tuple[int, int, int]:
+        """The background as (red, green, blue), each 0 to 255."""
+        digits = _NAMED.get(self.background, self.background)[1:]
+        return int(digits[0:2], 16), int(digits[2:4], 16), int(digits[4:6], 16)

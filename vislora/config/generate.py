@@ -1,0 +1,56 @@
+"""Settings of `vislora generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from pydantic import Field
+
+from vislora.config.base import Section
+
+
+class GenerateConfig(Section):
+    """Make images with any number of stacked adapters. `<lora:name:0.8>` in a prompt adds one for that prompt."""
+
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A prompt; repeat the flag for more."""
+    prompts: Path | None = None
+    """File with one prompt per line; empty lines and lines with # are passed over."""
+    adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """An adapter and its strength, `style.safetensors:0.8` (or a name found in --adapters); repeat for a stack."""
+    adapters: tuple[Path, ...] = (Path("adapters"), Path("runs"))
+    """Folders in which adapters are looked up by name."""
+    output: Path = Path("outputs")
+    """Folder for the images."""
+    base: str = ""
+    """Base model: a diffusers folder or hub name. Default: the embedded small base."""
+    negative_prompt: str = ""
+    """What the images should not show."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of the first image; the next ones count up."""
+    count: int = Field(1, ge=1, le=10_000)
+    """Images per prompt."""
+    steps: int | None = Field(None, ge=1, le=1000)
+    """Denoising steps. Default: the base's."""
+    guidance_scale: float | None = Field(None, ge=0, le=100)
+    """How strictly to follow the prompt; 1 turns guidance off. Default: the base's."""
+    scheduler: str = "auto"
+    """Sampler: auto, dpm++, dpm++-karras, ddim, ddpm, euler, euler-a, heun, pndm, unipc; flow-euler, flow-heun."""
+    width: int | None = Field(None, ge=16, le=16384, multiple_of=8)
+    """Width in pixels. Default: the base's."""
+    height: int | None = Field(None, ge=16, le=16384, multiple_of=8)
+    """Height in pixels. Default: the base's."""
+    batch_size: int = Field(1, ge=1, le=1024)
+    """Images made at once."""
+    sheet: bool = False
+    """Also make each image with the base and with each adapter alone, and lay all out in `sheet.png`."""
+    like: Path | None = None
+    """Repeat the image of this PNG from its recipe; other settings but --output and --device are not used."""
+    allow_partial: bool = False
+    """Use an adapter of which some modules do not fit the base."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to run."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the base; auto: fp32 on a CPU, bf16 on a GPU."""

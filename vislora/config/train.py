@@ -1,0 +1,145 @@
+"""Settings of `vislora train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from vislora.config.base import Section
+from vislora.config.data import DataConfig
+
+Preset = Literal["attention", "attention-ff", "all", "every-layer", "none"]
+
+
+class TargetConfig(Section):
+    """One `[[adapter.targets]]`: a pattern over module paths and what its layers get."""
+
+    pattern: str
+    """Glob over the dotted path of a layer (`*.attn2.to_k`), or `re:` and a regular expression."""
+    rank: int | None = Field(None, ge=0, le=4096)
+    """Rank of these layers; 0 leaves them out. Default: the adapter's."""
+    alpha: float | None = Field(None, gt=0)
+    """Alpha of these layers. Default: the adapter's."""
+    algorithm: str | None = None
+    """Algorithm of these layers. Default: the adapter's."""
+
+
+class AdapterConfig(Section):
+    """What is trained."""
+
+    preset: Preset = "all"
+    """Layers: attention; attention-ff (+ feed-forward); all (+ convs, modulation); every-layer; none (patterns)."""
+    rank: int = Field(8, ge=1, le=4096)
+    """Rank of the low-rank product."""
+    alpha: float | None = Field(None, gt=0)
+    """The effect is scaled by alpha / rank. Default: alpha = rank, a scale of 1."""
+    algorithm: str = "lora"
+    """Adapter algorithm."""
+    rank_stabilized: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
+    tucker: bool = False
+    """Decompose k x k convs into 1x1, k x k, 1x1."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    """How the down projection is drawn; the up projection is zero."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the layer's input left out while training."""
+    rank_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the rank's channels left out while training."""
+    module_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of adapter layers left out of a training step."""
+    targets: tuple[TargetConfig, ...] = ()
+    """Patterns that decide before the preset does; the first that matches wins."""
+    text_encoders: bool = False
+    """Train adapters on the text encoders too (preset attention-ff, same rank and alpha)."""
+
+
+class OptimizerConfig(Section):
+    """How the adapter is optimized."""
+
+    name: str = "adamw"
+    """adamw, adam, adafactor, sgd; or a name of pytorch-optimizer (prodigy, came, lion, ...; extra `optimizers`)."""
+    learning_rate: float | None = Field(None, gt=0, le=10)
+    """Peak learning rate. Default: the base's, 1e-4 for real models."""
+    text_encoder_learning_rate: float | None = Field(None, gt=0, le=10)
+    """Peak rate of the text encoders' adapters. Default: half of the learning rate."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Weight decay."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape of the rate after the warm-up: constant, or falling to zero at the last step."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the rate rises from zero."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this norm."""
+
+
+class LoopConfig(Section):
+    """The training loop."""
+
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps. Default: the base's, 1500 for real models."""
+    batch_size: int | None = Field(None, ge=1)
+    """Images per device and forward pass. Default: the base's, 1 for real models."""
+    gradient_accumulation: int = Field(1, ge=1)
+    """Forward passes per optimizer step."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Precision of the forward pass; auto: bf16 on a GPU, none on a CPU. The adapter is always float32."""
+    min_snr_gamma: float | None = Field(5.0, gt=0)
+    """Min-SNR weight of a diffusion model's loss (ignored by flow models)."""
+    noise_offset: float = Field(0.0, ge=0, le=1)
+    """Add this much noise that is the same over a whole channel, for very dark or bright images."""
+    save_every: int = Field(200, ge=0)
+    """Steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many of the last checkpoints are kept."""
+    tensorboard: bool = False
+    """Write TensorBoard events into the run folder (extra `tensorboard`). `log.jsonl` is always written."""
+
+
+class SampleConfig(Section):
+    """Images made while training, with the adapter as it is by then."""
+
+    every: int = Field(0, ge=0)
+    """Steps between samples; 0: none."""
+    prompts: tuple[str, ...] = ()
+    """One image per prompt. Default: the captions of the first four images."""
+    negative_prompt: str = ""
+    """What the samples should not show."""
+    seed: int = Field(0, ge=0)
+    """Seed of the first sample; the next ones count up."""
+
+
+class TrainConfig(Section):
+    """Train a style or character adapter from a folder of images."""
+
+    output: Path = Path("runs/adapter")
+    """Run folder: the adapter `<name>.safetensors`, the resolved config, checkpoints, samples, log."""
+    name: str = ""
+    """Name of the adapter. Default: the run folder's."""
+    base: str = ""
+    """Base model: a diffusers folder or hub name. Default: the embedded small base."""
+    format: str = "kohya"
+    """File format of the adapter: kohya, diffusers, peft."""
+    save_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Precision of the tensors in the adapter file; alpha stays exact."""
+    seed: int = Field(0, ge=0)
+    """Seed of every random draw: the same command gives the same adapter on the same machine."""
+    resume: bool = False
+    """Go on from the last checkpoint in the run folder."""
+    overwrite: bool = False
+    """Start anew in a run folder that already holds a run."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train."""
+    data: DataConfig
+    """Images and captions."""
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    """What is trained."""
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    """Optimizer and learning rate."""
+    loop: LoopConfig = Field(default_factory=LoopConfig)
+    """The training loop."""
+    sample: SampleConfig = Field(default_factory=SampleConfig)
+    """Samples while training."""

@@ -1,0 +1,111 @@
+"""From a batch of places to tensors: reads the cache, drops captions, picks a view of each image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vislora.data.buckets import Bucket
+from vislora.data.cache import Cache, Tensors
+from vislora.data.draws import draw
+from vislora.data.encode import View
+from vislora.data.sampler import Batch, Sampler
+from vislora.data.scan import Example
+from vislora.errors import DataError
+
+
+class TrainingSet(Dataset):
+    """Cached examples as batches of tensors.
+
+    `views`: as `encode.views` returned them. `text_keys`: caption -> key, as `cache_texts` returned it, or None when
+    the text encoders are trained and need the captions themselves. `caption_dropout`: the chance, 0 to 1, that an
+    example is seen with the empty caption.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        views: Sequence[Sequence[View]],
+        text_keys: Mapping[str, str] | None,
+        *,
+        seed: int = 0,
+        caption_dropout: float = 0.0,
+    ) -> None:
+        self.cache, self.views, self.text_keys = cache, views, text_keys
+        self.seed, self.caption_dropout = seed, caption_dropout
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
+        """Return the example at (index, visit): `latents`, `caption`, `text` and the sizes."""
+        index, visit = place
+        its_views = self.views[index]
+        view = its_views[int(draw(self.seed, visit, "view", index) * len(its_views))]
+        dropped = is_dropped(self.seed, visit, index, self.caption_dropout)
+        caption = "" if dropped else view.example.caption
+        stored = self._read(view.key, f"the latents of {view.example.path}")
+        text = None
+        if self.text_keys is not None:
+            text = self._read(self.text_keys.get(caption, ""), f"the features of the caption {caption!r}")
+        target = torch.tensor([view.bucket.height, view.bucket.width])
+        return {**stored, "target_size": target, "caption": caption, "text": text}
+
+    def batch(self, batch: Batch) -> dict[str, Any]:
+        """Return the collated tensors of a batch (see `collate`). Raises `DataError` when the cache lost an entry."""
+        return collate([self[place] for place in zip(batch.indices, batch.visits, strict=True)])
+
+    def batches(self, sampler: Sampler) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        """Yield (batch, tensors) for ever, as `sampler` goes."""
+        for batch in sampler:
+            yield batch, self.batch(batch)
+
+    def _read(self, key: str, what: str) -> Tensors:
+        tensors = self.cache.get(key) if key else None
+        if tensors is None:
+            raise DataError(f"{what} are not in the cache {self.cache.folder}; run the same command again to make them")
+        return tensors
+
+
+def is_dropped(seed: int, visit: int, index: int, probability: float) -> bool:
+    """Say whether the example at `index` is seen without its caption on this visit."""
+    return draw(seed, visit, "caption", index) < probability
+
+
+def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Stack examples of one bucket.
+
+    Returns `latents` (batch, channels, height, width); `original_size`, `crop_top_left` and `target_size`, each
+    (batch, 2) as (height, width) or (top, left); `captions`, a list of strings; `text`, features by name with a batch
+    dimension in front, or None. Raises `DataError` when shapes differ.
+    """
+    plain = [name for name, value in items[0].items() if isinstance(value, Tensor)]
+    result: dict[str, Any] = {name: _stacked(name, [item[name] for item in items]) for name in plain}
+    result["captions"] = [item["caption"] for item in items]
+    result["text"] = None
+    if items[0]["text"] is not None:
+        names = items[0]["text"]
+        result["text"] = {name: _stacked(name, [item["text"][name] for item in items]) for name in names}
+    return result
+
+
+def counts(examples: Iterable[Example], buckets: Mapping[Bucket, Sequence[int]]) -> dict[str, int]:
+    """Return the figures for an adapter's metadata: images, different captions, images without one, buckets."""
+    captions = [example.caption for example in examples]
+    return {
+        "images": len(captions),
+        "captions": len(set(captions) - {""}),
+        "uncaptioned": captions.count(""),
+        "buckets": len(buckets),
+    }
+
+
+def _stacked(name: str, tensors: list[Tensor]) -> Tensor:
+    shapes = sorted({tuple(tensor.shape) for tensor in tensors})
+    if len(shapes) > 1:
+        raise DataError(f"'{name}' has different shapes in one batch: {', '.join(map(str, shapes))}")
+    return torch.stack(tensors)

@@ -1,0 +1,100 @@
+"""Training objectives: how latents are noised, what the denoiser has to predict, how a timestep counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Objective(Protocol):
+    """`t` is what the denoiser is given: one value per sample, in [0, 1000)."""
+
+    prediction: str
+
+    def sample_t(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw `count` timesteps on the CPU."""
+        ...
+
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return the noisy latents at `t`."""
+        ...
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return what the denoiser should predict."""
+        ...
+
+    def weight(self, t: Tensor, min_snr_gamma: float | None) -> Tensor:
+        """Return the weight of each sample's squared error, shape (batch,)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Discrete:
+    """Denoising diffusion with a table of noise levels (Ho et al., arXiv 2006.11239, equation 4).
+
+    `alphas_cumprod`: (timesteps,). Prediction of the noise, or of v (Salimans & Ho, arXiv 2202.00512, appendix D).
+    """
+
+    alphas_cumprod: Tensor
+    prediction: Literal["epsilon", "v"]
+
+    def sample_t(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw uniformly from all timesteps."""
+        return torch.randint(len(self.alphas_cumprod), (count,), generator=generator)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return sqrt(abar) x + sqrt(1 - abar) noise."""
+        signal, spread = self._levels(t, latents)
+        return signal * latents + spread * noise
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return the noise, or v = sqrt(abar) noise - sqrt(1 - abar) x."""
+        if self.prediction == "epsilon":
+            return noise
+        signal, spread = self._levels(t, latents)
+        return signal * noise - spread * latents
+
+    def weight(self, t: Tensor, min_snr_gamma: float | None) -> Tensor:
+        """Return min(snr, gamma) / snr, for v over snr + 1 (Hang et al., arXiv 2303.09556, equation 8); else ones."""
+        if min_snr_gamma is None:
+            return torch.ones_like(t, dtype=torch.float32)
+        abar = self.alphas_cumprod.to(t.device)[t].float()
+        snr = abar / (1 - abar).clamp_min(1e-8)
+        clipped = snr.clamp_max(min_snr_gamma)
+        return clipped / (snr if self.prediction == "epsilon" else snr + 1).clamp_min(1e-8)
+
+    def _levels(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        abar = self.alphas_cumprod.to(like.device)[t].view(-1, *[1] * (like.dim() - 1))
+        return abar.sqrt().to(like.dtype), (1 - abar).sqrt().to(like.dtype)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Rectified flow with logit-normal timesteps (Esser et al., arXiv 2403.03206, sections 2 and 3.1).
+
+    `shift` moves the noise levels towards noise as the sampler does (ibid., equation 23); t = 1000 sigma.
+    """
+
+    shift: float = 1.0
+    prediction: str = "flow"
+
+    def sample_t(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw 1000 sigma, sigma = shift u / (1 + (shift - 1) u), u = sigmoid(normal)."""
+        u = torch.sigmoid(torch.randn(count, generator=generator))
+        return 1000.0 * self.shift * u / (1 + (self.shift - 1) * u)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return (1 - sigma) x + sigma noise."""
+        sigma = (t / 1000.0).view(-1, *[1] * (latents.dim() - 1)).to(latents.dtype)
+        return (1 - sigma) * latents + sigma * noise
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return the velocity, noise - x."""
+        return noise - latents
+
+    def weight(self, t: Tensor, min_snr_gamma: float | None) -> Tensor:
+        """Return ones: the logit-normal draw already weights the timesteps."""
+        return torch.ones_like(t, dtype=torch.float32)

@@ -1,0 +1,133 @@
+"""Which layers get an adapter: patterns over module paths, with rank, alpha and algorithm per pattern, and presets.
+
+A pattern is a glob over the dotted path (`*.attn2.to_k`) or, after `re:`, a regular expression that matches all of it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from vislora.algorithms.base import LayerSpec
+from vislora.errors import ConfigError, listed
+
+_ATTENTION = (
+    r"to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|to_qkv|"  # diffusers
+    r"[qkv]_proj|out_proj|o_proj|"  # CLIP, SigLIP, DINO, LLMs
+    r"query|key|value|attention\.output\.dense|attention\.o_proj|qkv|attn\.proj|"  # ViT, Swin, timm
+    r"SelfAttention\.[qkvo]|EncDecAttention\.[qkvo]"  # T5
+)
+_FEED_FORWARD = (
+    r"ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_in|proj_out|"  # diffusers
+    r"mlp\.fc[12]|intermediate\.dense|\d+\.output\.dense|gate_proj|up_proj|down_proj|"  # transformers
+    r"DenseReluDense\.w[io](_[01])?"  # T5
+)
+_CONV = (
+    r"resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)|(down|up)samplers\.\d+\.conv|"
+    r"(norm1|norm1_context)\.linear"
+)
+
+PRESETS: dict[str, tuple[str, ...]] = {
+    "attention": (rf"re:(.*\.)?({_ATTENTION})",),
+    "attention-ff": (rf"re:(.*\.)?({_ATTENTION}|{_FEED_FORWARD})",),
+    "all": (rf"re:(.*\.)?({_ATTENTION}|{_FEED_FORWARD}|{_CONV})",),
+    "every-layer": ("*",),
+    "none": (),
+}
+"""attention; attention + feed-forward; those and the convs of a UNet (a DiT's modulation); every layer there is."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A pattern and what its layers get. `rank` 0 leaves the layers out; `alpha` None means alpha = rank."""
+
+    pattern: str
+    rank: int
+    alpha: float | None = None
+    algorithm: str = "lora"
+
+
+def select(model: nn.Module, targets: Sequence[Target], preset: str, default: Target) -> dict[str, Target]:
+    """Return the target of every chosen layer, keyed by path in module order.
+
+    The first pattern of `targets` that matches a path decides; what none matches falls to `preset` with `default`'s
+    rank, alpha and algorithm. Raises `ConfigError` when a pattern matches no adaptable layer, or nothing is chosen.
+    """
+    paths = adaptable(model)
+    _require_matches(targets, paths)
+    patterns = PRESETS[preset]
+    chosen: dict[str, Target] = {}
+    for path in paths:
+        target = next((item for item in targets if matches(item.pattern, path)), None)
+        if target is None and any(matches(pattern, path) for pattern in patterns):
+            target = default
+        if target is not None and target.rank > 0:
+            chosen[path] = target
+    if not chosen:
+        raise ConfigError(
+            listed(
+                f"preset '{preset}' and {len(targets)} pattern(s) choose none of the {len(paths)} layers of "
+                f"{type(model).__name__}; give a pattern that fits, for example:",
+                near_misses("to_q", paths),
+            )
+        )
+    return chosen
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Say whether `pattern` (a glob, or `re:` and a regular expression) matches the whole `path`."""
+    if pattern.startswith("re:"):
+        try:
+            return re.fullmatch(pattern[3:], path) is not None
+        except re.error as error:
+            raise ConfigError(f"pattern '{pattern}' is no valid regular expression: {error}") from None
+    return fnmatch.fnmatchcase(path, pattern)
+
+
+def adaptable(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every layer that an adapter works on, by path, each layer once.
+
+    Left out: layers whose weights their parent reads itself, without calling them (the output projection of
+    `nn.MultiheadAttention`, the linears of `nn.TransformerEncoderLayer`'s fast path): an adapter there has no effect.
+    """
+    bypassed = {
+        id(child)
+        for module in model.modules()
+        if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
+        for child in module.modules()
+    }
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if path and LayerSpec.of(module) is not None and id(module) not in bypassed
+    }
+
+
+def near_misses(pattern: str, paths: Iterable[str], count: int = 5) -> list[str]:
+    """Return the paths most like `pattern`, compared by their last parts first, one for each kind of layer."""
+    wanted = pattern.removeprefix("re:").replace("*", "").strip(".")
+    by_kind: dict[str, str] = {}
+    for path in paths:
+        by_kind.setdefault(re.sub(r"\.\d+(?=\.|$)", ".0", path), path)
+    tail = wanted.count(".") + 1
+
+    def likeness(path: str) -> float:
+        end = ".".join(path.split(".")[-tail:])
+        return difflib.SequenceMatcher(None, wanted, end).ratio()
+
+    return sorted(by_kind.values(), key=likeness, reverse=True)[:count]
+
+
+def _require_matches(targets: Sequence[Target], paths: Mapping[str, nn.Module]) -> None:
+    problems = []
+    for target in targets:
+        if not any(matches(target.pattern, path) for path in paths):
+            near = ", ".join(near_misses(target.pattern, paths)) or "none"
+            problems.append(f"pattern '{target.pattern}' matches no layer; near misses: {near}")
+    if problems:
+        raise ConfigError(problems)

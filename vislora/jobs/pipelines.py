@@ -1,0 +1,131 @@
+"""Adapters on a pipeline or model that somebody made: load, set_strengths, eject."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vislora import formats
+from vislora.errors import AdapterFileError, AdapterMismatchError, ConfigError, listed, nearest
+from vislora.formats.adapter_file import AdapterFile, AdapterModule
+from vislora.inject.injection import FileModule, inject_modules
+from vislora.inject.injection import eject as eject_from
+from vislora.inject.stack import Stack, existing_stack, strength_in_range
+from vislora.models.base import components_of
+
+
+def load(
+    pipeline: Any, path: str | Path, strength: float = 1.0, name: str | None = None, *, allow_partial: bool = False
+) -> list[str]:
+    """Put the adapter file at `path` on `pipeline` (a diffusers pipeline, or any module) and return what did not fit.
+
+    `strength` multiplies the trained effect. `name` is what `set_strengths` and `eject` call it; default: the file's
+    stem. The returned list is empty unless `allow_partial`. On any error the pipeline is as it was.
+    Raises `AdapterFileError`, `AdapterMismatchError`, or `ConfigError` for a name in use.
+    """
+    return attach(pipeline, formats.load(path), name or Path(path).stem, strength, allow_partial)
+
+
+def attach(
+    pipeline: Any, adapter_file: AdapterFile, name: str, strength: float = 1.0, allow_partial: bool = False
+) -> list[str]:
+    """Put an adapter that is in memory on `pipeline`; see `load`."""
+    family, components = components_of(pipeline)
+    by_component = _by_component(adapter_file, components, isinstance(pipeline, nn.Module))
+    missing = [component for component in by_component if component not in components]
+    misfits = [f"{component}: this pipeline has no such component" for component in missing]
+    if missing and not allow_partial:
+        raise AdapterMismatchError(listed(f"adapter '{name}' does not fit{_looks(adapter_file, family)}:", misfits))
+    done: list[nn.Module] = []
+    try:
+        for component in by_component.keys() - set(missing):
+            modules = by_component[component]
+            found = inject_modules(components[component], name, modules, strength, allow_partial)
+            done.append(components[component])
+            misfits += [f"{component}.{line}" for line in found]
+    except AdapterMismatchError as error:
+        _undo(done, name)
+        raise AdapterMismatchError(f"{error}{_looks(adapter_file, family)}") from None
+    except BaseException:
+        _undo(done, name)
+        raise
+    return misfits
+
+
+def set_strengths(pipeline: Any, strengths: Mapping[str, float]) -> None:
+    """Set the strength of loaded adapters by name; those not named keep theirs. All or none are changed.
+
+    Raises `ConfigError` for an unknown name or a strength that is no sensible number.
+    """
+    stacks = _stacks(pipeline)
+    for name, strength in strengths.items():
+        _require_loaded(stacks, name)
+        strength_in_range(name, strength)
+    for name, strength in strengths.items():
+        for stack in stacks.values():
+            if name in stack.strengths:
+                stack.set_strength(name, strength)
+
+
+def eject(pipeline: Any, name: str | None = None) -> None:
+    """Take the adapter `name` (None: all) out; the module tree and the weights are as before it, bit for bit."""
+    stacks = _stacks(pipeline)
+    if name is not None:
+        _require_loaded(stacks, name)
+    _, components = components_of(pipeline)
+    for component, stack in stacks.items():
+        for loaded in list(stack.strengths):
+            if name in (None, loaded):
+                eject_from(components[component], loaded)
+
+
+def loaded_strengths(pipeline: Any) -> dict[str, float]:
+    """Return the strength of every adapter on `pipeline`, by name."""
+    return {name: value for stack in _stacks(pipeline).values() for name, value in stack.strengths.items()}
+
+
+def _by_component(
+    adapter_file: AdapterFile, components: Mapping[str, nn.Module], bare: bool
+) -> dict[str, list[FileModule]]:
+    """Sort the file's modules by component; a bare module takes the only one that the file has."""
+    found: dict[str, list[FileModule]] = defaultdict(list)
+    for module in adapter_file.modules:
+        found[module.component].append(_file_module(module))
+    if not found:
+        raise AdapterFileError("the adapter has no modules")
+    if bare and len(found) == 1 and not found.keys() & components.keys():
+        return {"denoiser": next(iter(found.values()))}
+    return found
+
+
+def _file_module(module: AdapterModule) -> FileModule:
+    algorithm = module.algorithm  # raises for a kind that cannot be run
+    return FileModule(module.path or module.raw_name, algorithm.name, module.tensors, module.scale)
+
+
+def _looks(adapter_file: AdapterFile, family: str | None) -> str:
+    if adapter_file.family is None or adapter_file.family == family:
+        return ""
+    return f"\nit looks like an adapter for '{adapter_file.family}'" + (f", this is '{family}'" if family else "")
+
+
+def _undo(models: list[nn.Module], name: str) -> None:
+    for model in models:
+        eject_from(model, name)
+
+
+def _stacks(pipeline: Any) -> dict[str, Stack]:
+    _, components = components_of(pipeline)
+    found = {component: existing_stack(module) for component, module in components.items()}
+    return {component: stack for component, stack in found.items() if stack is not None}
+
+
+def _require_loaded(stacks: Mapping[str, Stack], name: str) -> None:
+    loaded = {known for stack in stacks.values() for known in stack.strengths}
+    if name not in loaded:
+        shown = ", ".join(sorted(loaded)) or "none"
+        raise ConfigError(f"no adapter named '{name}'{nearest(name, loaded)}; loaded: {shown}")

@@ -1,0 +1,205 @@
+"""The contract of a model family, and finding the family of a folder or of somebody's pipeline."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+from urllib.parse import urlparse
+
+import torch
+from torch import Tensor, nn
+
+from vislora.diffusion import Objective
+from vislora.errors import ModelError
+from vislora.registry import FAMILIES
+
+EMBEDDED = Path(__file__).parent.parent / "assets" / "base"
+"""The small base model that ships with the package."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a family is recognised by. `attributes`: component of an adapter -> attribute of the pipeline."""
+
+    name: str
+    pipelines: tuple[str, ...]
+    denoiser: str
+    attributes: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a loaded base is used with when nothing else is said, and what adapter files tell other programs about it.
+
+    `resolution`: pixels. `size_step`: sides of training images are multiples of it. `tags`: metadata keys of files.
+    """
+
+    resolution: int
+    size_step: int
+    steps: int
+    guidance_scale: float
+    learning_rate: float
+    train_steps: int
+    batch_size: int
+    tags: Mapping[str, str]
+
+
+class Family(Protocol):
+    """One kind of base model, loaded and frozen.
+
+    Pixels are in [-1, 1]; latents are scaled as the denoiser wants them. `components`: component -> module, with the
+    denoiser first. `pipeline`: the diffusers pipeline of the same modules.
+    """
+
+    card: ClassVar[Card]
+    components: Mapping[str, nn.Module]
+    objective: Objective
+    traits: Traits
+    pipeline: Any
+
+    @classmethod
+    def load(cls, path: Path, dtype: torch.dtype, device: torch.device) -> Family:
+        """Load a diffusers folder."""
+        ...
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Encode pixels (batch, 3, height, width) to latents (batch, channels, height / f, width / f), float32."""
+        ...
+
+    def encode_prompt(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Encode prompts as the pipeline does; every tensor has the batch first."""
+        ...
+
+    def predict(self, noisy: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """Run the denoiser on `noisy` (batch, channels, height, width) at `t` (batch,)."""
+        ...
+
+
+def load_family(base: str | Path | None, dtype: torch.dtype, device: torch.device) -> Family:
+    """Load a base model: a diffusers folder, a hub name, or (None) the embedded one.
+
+    Raises `ModelError` when it is missing, incomplete, or of no known family.
+    """
+    path = Path(base) if base else EMBEDDED
+    class_name = _pipeline_class(path)
+    for family in FAMILIES.values():
+        if class_name in family.card.pipelines:
+            return _loaded(family, path, dtype, device)
+    known = ", ".join(name for family in FAMILIES.values() for name in family.card.pipelines)
+    raise ModelError(f"base {path} is a {class_name}, which no family of vislora handles; known: {known}")
+
+
+def components_of(pipeline: Any) -> tuple[str | None, dict[str, nn.Module]]:
+    """Return (family name or None, component -> module) of a diffusers pipeline or of any bare module.
+
+    A bare module is the component `denoiser`. A pipeline of no known family has its UNet or transformer there.
+    Raises `ModelError` when there is no module to put an adapter on.
+    """
+    if isinstance(pipeline, nn.Module):
+        return None, {"denoiser": pipeline}
+    for family in FAMILIES.values():
+        found = {name: getattr(pipeline, attribute, None) for name, attribute in family.card.attributes.items()}
+        if _is_family(family.card, pipeline, found["denoiser"]):
+            return family.card.name, {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    for attribute in ("unet", "transformer"):
+        if isinstance(getattr(pipeline, attribute, None), nn.Module):
+            return None, {"denoiser": getattr(pipeline, attribute)}
+    raise ModelError(f"{type(pipeline).__name__} is neither a module nor a pipeline with a unet or transformer")
+
+
+def read_traits(path: Path, pipeline: Any, resolution: int, size_step: int, tags: Mapping[str, str]) -> Traits:
+    """Return the traits of a base: its pipeline's defaults, or what `vislora.json` in its folder says."""
+    signature = inspect.signature(type(pipeline).__call__).parameters
+    values = {
+        "resolution": resolution,
+        "size_step": size_step,
+        "steps": 20,
+        "guidance_scale": float(signature["guidance_scale"].default),
+        "learning_rate": 1e-4,
+        "train_steps": 1500,
+        "batch_size": 1,
+    }
+    own = path / "vislora.json"
+    if own.is_file():
+        values.update(json.loads(own.read_text()))
+    return Traits(**values, tags=tags)
+
+
+def _pipeline_class(path: Path) -> str:
+    index = path / "model_index.json"
+    if not path.exists():
+        index = _from_hub(path)
+    elif not index.is_file():
+        raise ModelError(f"base {path} has no model_index.json: give the folder of a diffusers pipeline")
+    try:
+        return str(json.loads(index.read_text())["_class_name"])
+    except (ValueError, KeyError) as error:
+        raise ModelError(f"base {path}: model_index.json is damaged ({error})") from None
+
+
+def _from_hub(path: Path) -> Path:
+    """Fetch the index of a hub name such as `stabilityai/stable-diffusion-3-medium-diffusers`."""
+    missing = f"base '{path}' does not exist: give a folder, or leave --base out to use the embedded base"
+    if path.is_absolute() or len(path.parts) != 2 or path.parts[0] in (".", ".."):
+        raise ModelError(missing)
+    from huggingface_hub import constants, hf_hub_download
+
+    host = urlparse(constants.ENDPOINT).hostname or ""
+    try:
+        offline = constants.HF_HUB_OFFLINE or not _resolves(host)
+        return Path(hf_hub_download(str(path), "model_index.json", local_files_only=offline))
+    except Exception as error:
+        raise ModelError(f"{missing}\n(as a hub name it cannot be fetched: {type(error).__name__})") from error
+
+
+def _resolves(host: str) -> bool:
+    """Ask for the hub's address first: without a network the hub's own client retries for half a minute."""
+    try:
+        return bool(socket.getaddrinfo(host, 443))
+    except OSError:
+        return False
+
+
+def _loaded(family: type[Family], path: Path, dtype: torch.dtype, device: torch.device) -> Family:
+    try:
+        with _quiet():
+            loaded = family.load(path, dtype, device)
+        loaded.pipeline.set_progress_bar_config(disable=True)
+        for module in loaded.components.values():
+            module.requires_grad_(False).eval()
+        return loaded
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"base {path} cannot be loaded: {first}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep loading bars, and notes about packages that nothing here needs, off the screen; put them back after."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    loggers = (diffusers_logging, transformers_logging)
+    levels = [logger.get_verbosity() for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity_error()
+        logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.set_verbosity(level)
+            logger.enable_progress_bar()
+
+
+def _is_family(card: Card, pipeline: Any, denoiser: Any) -> bool:
+    """A family is its denoiser's class and exactly its text encoders: SDXL has a UNet too, but two of them."""
+    expected = {attribute for component, attribute in card.attributes.items() if component != "denoiser"}
+    present = {name for name in getattr(pipeline, "components", {}) if name.startswith("text_encoder")}
+    return type(denoiser).__name__ == card.denoiser and present == expected

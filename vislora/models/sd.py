@@ -1,0 +1,87 @@
+"""Stable Diffusion 1.x and 2.x: a UNet conditioned on one CLIP text encoder; epsilon or v prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vislora.diffusion import Discrete
+from vislora.models.base import Card, Traits, read_traits
+
+
+class StableDiffusion:
+    """A loaded `StableDiffusionPipeline`. See `models.base.Family`."""
+
+    card: ClassVar[Card] = Card(
+        name="sd",
+        pipelines=("StableDiffusionPipeline",),
+        denoiser="UNet2DConditionModel",
+        attributes={"denoiser": "unet", "te:clip_l": "text_encoder"},
+    )
+
+    def __init__(self, pipeline: Any, traits: Traits) -> None:
+        self.pipeline = pipeline
+        self.traits = traits
+        self.components: dict[str, nn.Module] = {"denoiser": pipeline.unet, "te:clip_l": pipeline.text_encoder}
+        self.objective = _objective(pipeline.scheduler)
+
+    @classmethod
+    def load(cls, path: Path, dtype: torch.dtype, device: torch.device) -> StableDiffusion:
+        """Load a diffusers folder, without its safety checker."""
+        from diffusers import StableDiffusionPipeline
+
+        parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipeline = StableDiffusionPipeline.from_pretrained(path, dtype=dtype, **parts).to(device)
+        factor = pipeline.vae_scale_factor
+        unet = pipeline.unet.config
+        size_step = factor * 2 ** (len(unet.block_out_channels) - 1)
+        resolution = unet.sample_size * factor
+        return cls(pipeline, read_traits(path, pipeline, resolution, size_step, _tags(pipeline, resolution)))
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Return the scaled mode of the VAE's posterior."""
+        vae = self.pipeline.vae
+        with torch.no_grad():
+            mode = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+        return (mode * vae.config.scaling_factor).float()
+
+    def encode_prompt(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Return `prompt_embeds` (batch, tokens, width)."""
+        embeds, _ = self.pipeline.encode_prompt(prompts, self.pipeline.device, 1, do_classifier_free_guidance=False)
+        return {"prompt_embeds": embeds}
+
+    def predict(self, noisy: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """Run the UNet."""
+        return self.pipeline.unet(noisy, t, conditioning["prompt_embeds"], return_dict=False)[0]
+
+
+def _objective(scheduler: Any) -> Discrete:
+    from diffusers import DDPMScheduler
+
+    training = DDPMScheduler.from_config(scheduler.config)
+    kind = "v" if training.config.prediction_type == "v_prediction" else "epsilon"
+    return Discrete(training.alphas_cumprod, kind)  # type: ignore[arg-type]
+
+
+def _tags(pipeline: Any, resolution: int) -> dict[str, str]:
+    """SD 2.x is told from 1.x by the width of its text features; the names are those of sd-scripts and ModelSpec."""
+    v_prediction = pipeline.scheduler.config.get("prediction_type") == "v_prediction"
+    prediction = "v" if v_prediction else "epsilon"
+    if pipeline.unet.config.cross_attention_dim != 1024:
+        return _spec("sd_v1", "False", "stable-diffusion-v1", prediction)
+    size = f"{resolution}-v" if v_prediction else str(resolution)
+    return _spec(f"sd_v2{'_v' if v_prediction else ''}", "True", f"stable-diffusion-v2-{size}", prediction)
+
+
+def _spec(version: str, is_v2: str, architecture: str, prediction: str) -> dict[str, str]:
+    return {
+        "ss_base_model_version": version,
+        "ss_v2": is_v2,
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.prediction_type": prediction,
+    }

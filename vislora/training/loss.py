@@ -1,0 +1,63 @@
+"""The loss of a batch, as the one module that Accelerate prepares: its only parameters are the adapters'."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vislora.inject.injection import AdapterSet
+from vislora.models.base import Family
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """How the error counts. `min_snr_gamma` None: all timesteps alike. `noise_offset`: in units of the noise."""
+
+    min_snr_gamma: float | None = None
+    noise_offset: float = 0.0
+
+
+class DenoisingLoss(nn.Module):
+    """Mean weighted squared error of the denoiser's prediction.
+
+    The frozen base is no child of this module, so that neither DDP nor a checkpoint ever sees its weights.
+    """
+
+    def __init__(self, family: Family, adapters: Mapping[str, AdapterSet], options: LossOptions) -> None:
+        super().__init__()
+        self.adapters = nn.ModuleDict(dict(adapters))
+        self._family = (family,)  # a tuple hides the models from nn.Module's registration
+        self._options = options
+
+    def forward(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+        """Return the loss of `batch`: `latents` (batch, channels, height, width) and `text` features, or `captions`.
+
+        Every random draw comes from `generator` (on the CPU), so a step is the same wherever it runs.
+        """
+        family = self._family[0]
+        device = next(self.parameters()).device
+        latents = batch["latents"].to(device)
+        noise = self._noise(latents, generator)
+        t = family.objective.sample_t(len(latents), generator).to(device)
+        text = batch["text"]
+        conditioning = family.encode_prompt(batch["captions"]) if text is None else _to(text, device)
+        noisy = family.objective.add_noise(latents, noise, t)
+        predicted = family.predict(noisy, t, conditioning).float()
+        target = family.objective.target(latents, noise, t)
+        error = (predicted - target).square().flatten(1).mean(1)
+        return (error * family.objective.weight(t, self._options.min_snr_gamma)).mean()
+
+    def _noise(self, latents: Tensor, generator: torch.Generator) -> Tensor:
+        noise = torch.randn(latents.shape, generator=generator)
+        if self._options.noise_offset:
+            shape = (*latents.shape[:2], *[1] * (latents.dim() - 2))
+            noise = noise + self._options.noise_offset * torch.randn(shape, generator=generator)
+        return noise.to(latents.device)
+
+
+def _to(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
