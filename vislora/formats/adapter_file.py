@@ -47,7 +47,7 @@ class AdapterModule:
 
     @property
     def algorithm(self) -> Algorithm:
-        """Return the algorithm that gives these slots their meaning. Raises `AdapterFileError` when there is none yet."""
+        """Return the algorithm that knows these slots. Raises `AdapterFileError` when there is none yet."""
         why = self.unsupported
         if why:
             raise AdapterFileError(f"not supported yet: '{self.name}' is {why}")

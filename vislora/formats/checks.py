@@ -19,11 +19,11 @@ def problems(modules: Iterable[ParsedModule]) -> list[str]:
 def _faults(module: ParsedModule) -> list[str]:
     if module.alpha is not None and not math.isfinite(module.alpha):
         return [f"alpha is {module.alpha}"]
+    if not module.refs and module.bias is None:
+        return ["it has an alpha and nothing else"]
     missing = missing_slots(module.algo, module.refs)
     if missing:
-        return [
-            f"incomplete, it lacks {' and '.join(missing)} (it has {', '.join(sorted(module.refs)) or 'only alpha'})"
-        ]
+        return [f"incomplete, it lacks {' and '.join(missing)} (it has {', '.join(sorted(module.refs))})"]
     if module.algo != "lora":
         return []
     odd = [

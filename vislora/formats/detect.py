@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vislora.errors import AdapterFileError, listed
 from vislora.formats.container import open_parts
-from vislora.formats.contract import Format
+from vislora.formats.contract import Format, folder_of
 from vislora.formats.names import family_of_paths
 from vislora.formats.parsed import ParsedModule, Part, Ref
-from vislora.formats.peft_config import METADATA_KEY, write_metadata
+from vislora.formats.peft_config import COMPONENT_KEY, METADATA_KEY, write_metadata
 from vislora.registry import FORMATS
 
 BUNDLE = "bundle_emb."
@@ -84,8 +85,11 @@ def parse_file(path: str | Path) -> ParsedFile:
             left -= _keys_used(found)
         extras += [Ref.of(part, key) for key in sorted(left)]
     best = votes.most_common(1)[0][0] if modules else None
-    metadata = _metadata(parts)
-    return ParsedFile(path, parts, best, family_of(modules, metadata), modules, embeddings, extras, metadata)
+    metadata = {key: value for part in parts for key, value in part.header.metadata.items()}
+    family = family_of(modules, metadata)
+    if any(part.config is not None for part in parts):
+        metadata = _with_configs(metadata, parts, modules, family)
+    return ParsedFile(path, parts, best, family, modules, embeddings, extras, metadata)
 
 
 def family_of(modules: Iterable[ParsedModule], metadata: Mapping[str, str]) -> str | None:
@@ -158,15 +162,17 @@ def _keys_used(modules: Iterable[ParsedModule]) -> set[str]:
     return used
 
 
-def _metadata(parts: list[Part]) -> dict[str, str]:
-    """Join the parts' metadata; PEFT's configs are kept in the form that diffusers has for them."""
-    metadata: dict[str, str] = {}
-    for part in parts:
-        metadata.update(part.header.metadata)
-    configs = {part.folder: part.config for part in parts if part.config is not None and part.folder}
-    if configs:
-        metadata[METADATA_KEY] = write_metadata(configs)
-    return metadata
+def _with_configs(
+    metadata: Mapping[str, str], parts: list[Part], modules: list[ParsedModule], family: str | None
+) -> dict[str, str]:
+    """Return the metadata with PEFT's configs in the form that diffusers has for them."""
+    configs: dict[str, Mapping[str, Any]] = {}
+    for module in modules:
+        part = next((ref.part for ref in module.refs.values()), None)
+        if part is not None and part.config is not None:
+            configs.setdefault(folder_of(module.component, family, module.path or ""), part.config)
+    kept = {key: value for key, value in metadata.items() if key != COMPONENT_KEY}
+    return {**kept, METADATA_KEY: write_metadata(configs)}
 
 
 def _looks_like_sdxl(modules: Iterable[ParsedModule]) -> bool:

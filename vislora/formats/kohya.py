@@ -93,7 +93,7 @@ def _read_zero_alpha(module: ParsedModule) -> None:
 
 
 def _resolved(module: ParsedModule, lead: Found) -> ParsedModule:
-    """Return `module` at the path where its name leads, its output rows cut or swapped as the reference tree has them."""
+    """Return `module` at the path where its name leads, its output rows cut or swapped as the reference tree has it."""
     if lead.part is None and not _swapped(module, lead):
         return replace(module, path=lead.path)
     slot = ROW_SLOTS.get(module.algo)
@@ -165,4 +165,5 @@ KOHYA = Format(
     place=place,
     suffixes=KOHYA_SUFFIXES,
     pack=pack,
+    zero_alpha="rank",
 )

@@ -19,6 +19,8 @@ from vislora.formats.contract import Stored
 from vislora.formats.parsed import ParsedModule
 
 METADATA_KEY = "lora_adapter_metadata"
+# in the header of adapter_model.safetensors, which PEFT does not look at: a lone folder does not say what it is for
+COMPONENT_KEY = "vislora.component"
 LONGEST_PATTERN = 500
 DEFAULTS = {"peft_type": "LORA", "task_type": None, "bias": "none", "inference_mode": True, "lora_dropout": 0.0}
 

@@ -88,6 +88,8 @@ def why_unwritable(module: AdapterModule, form: Format, family: str | None) -> s
     if form.place(module.component, module.path, family) is None:
         model = f"of family '{family}'" if family else "of an unknown family (name it with the setting `family`)"
         return f"no {form.name} name for these layers {model}"
+    if module.alpha == 0.0 and form.zero_alpha == "rank":
+        return f"alpha 0 means alpha = rank in {form.name} files"
     slots = sorted(set(module.tensors) - set(form.suffixes))
     return f"{form.name} files have no slot for {' and '.join(slots)}" if slots else ""
 
@@ -100,34 +102,22 @@ def family_for_writing(adapter_file: AdapterFile) -> str | None:
 
 def lay_out(modules: Iterable[AdapterModule], form: Format, family: str | None) -> list[Stored]:
     """Rename modules as `form` has them, fusing and swapping rows where its names stand for other layers."""
-    found: list[Stored] = []
+    singles: dict[str, Stored] = {}
     fused: dict[str, list[AdapterModule | None]] = {}
-    order: list[tuple[str, Stored | None]] = []
+    order: dict[str, None] = {}
     for module in modules:
         place = form.place(module.component, module.path or "", family)
         if place is None:
             raise AdapterFileError(f"{form.name} has no name for '{module.name}'")
+        index, count = place.part or (0, 1)
+        taken = fused.setdefault(place.name, [None] * count)
+        if taken[index] is not None:
+            raise AdapterFileError(f"several modules would be written as '{place.name}'")
+        taken[index] = module
+        order[place.name] = None
         if place.part is None:
-            order.append((place.name, stored(place.name, module, _swapped(module, place))))
-            continue
-        index, count = place.part
-        if place.name not in fused:
-            order.append((place.name, None))
-        fused.setdefault(place.name, [None] * count)[index] = module
-    for name, single in order:
-        found.append(fuse(name, fused[name]) if single is None else single)
-    twice = (
-        {item.name for item in found if sum(other.name == item.name for other in found) > 1}
-        if _repeats(found)
-        else set()
-    )
-    if twice:
-        raise AdapterFileError(f"several modules would be written as '{min(twice)}'")
-    return found
-
-
-def _repeats(found: list[Stored]) -> bool:
-    return len({item.name for item in found}) < len(found)
+            singles[place.name] = stored(place.name, module, _swapped(module, place))
+    return [singles[name] if name in singles else fuse(name, fused[name]) for name in order]
 
 
 def _swapped(module: AdapterModule, place: Place) -> bool:
@@ -153,6 +143,19 @@ def _write_file(packed: Packed, path: Path) -> None:
     if "sshs_model_hash" in metadata or "sshs_legacy_hash" in metadata:
         metadata.update(training_hashes(tensors, metadata))
     safetensors.torch.save_file(tensors, path, metadata)
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata in order of its keys: safetensors writes it in another order every time."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+        entries["__metadata__"] = dict(sorted(entries.get("__metadata__", {}).items()))
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def _write_folder(packed: Packed, folder: Path) -> None:

@@ -82,13 +82,15 @@ class NameTable:
 class FamilyNames:
     """How the files of one model family name its components and their layers.
 
-    `flat_prefixes`: kohya's, per component; `folders`: diffusers' component names, also its key prefixes.
+    `flat_prefixes`: kohya's, per component; `folders`: diffusers' component names, also its key prefixes;
+    `flattened`: text encoders of the class CLIPTextModel, in whose tree transformers 5 has no `text_model`.
     """
 
     family: str
     tables: dict[str, NameTable]
     flat_prefixes: dict[str, str]
     folders: dict[str, str]
+    flattened: frozenset[str] = frozenset()
 
 
 def _enter(index: dict[str, list[tuple[re.Pattern[str], Row]]], template: str, row: Row) -> None:
