@@ -37,10 +37,11 @@ def main(rounds: int) -> None:
     torch = times["import torch"][1:]
     print(f"import torch: {statistics.median(torch):.2f} s CPU (median of {rounds}; the first round is a warm-up)")
     for name, seconds in times.items():
-        ratios = sorted(own / other for own, other in zip(seconds[1:], torch, strict=True))
+        ratios = sorted(mine / other for mine, other in zip(seconds[1:], torch, strict=True))
         if name != "import torch":
             middle = statistics.median(ratios)
-            print(f"{name}: {statistics.median(seconds[1:]):.2f} s, ratio {ratios[0]:.3f}-{middle:.3f}-{ratios[-1]:.3f}")
+            own = statistics.median(seconds[1:])
+            print(f"{name}: {own:.2f} s, ratio {ratios[0]:.3f}-{middle:.3f}-{ratios[-1]:.3f}")
 
 
 if __name__ == "__main__":
