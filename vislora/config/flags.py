@@ -124,7 +124,7 @@ def _without(values: Mapping[str, Any], names: set[str], prefix: str = "") -> di
     }
 
 
-def _defaults(cls: type[S], values: Mapping[str, Any]) -> S:
+def _defaults(cls: type[Section], values: Mapping[str, Any]) -> Section:
     """Return settings to show as defaults: those of the file, else of the class; tyro's MISSING for required ones."""
     found: dict[str, Any] = {}
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -133,12 +133,15 @@ def _defaults(cls: type[S], values: Mapping[str, Any]) -> S:
         if section is not None:
             found[name] = _defaults(section, values.get(name, {}))
         elif name in values:
-            found[name] = (
-                values[name] if _is_tables(hints[name]) else TypeAdapter(hints[name]).validate_python(values[name])
-            )
+            found[name] = _typed(hints[name], values[name])
         else:
             found[name] = tyro.MISSING if field.is_required() else field.get_default(call_default_factory=True)
     return cls.model_construct(**found)
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    """Return a value of the file as the type that tyro expects; it was checked before."""
+    return tuple(value) if _is_tables(hint) else TypeAdapter(hint).validate_python(value)
 
 
 def _struct(info: StructTypeInfo, extra: Sequence[StructFieldSpec]) -> StructConstructorSpec | None:
