@@ -2,8 +2,9 @@ import os
 import re
 
 import pytest
-from helpers import make_image, png_header, quadrants
+from data_helpers import make_image, png_header, quadrants
 from PIL import Image
+
 from vislora.data.listing import natural_key
 from vislora.data.scan import dataset_hash, scan
 from vislora.errors import DataError

@@ -1,0 +1,1 @@
+"""Pure functions over adapter files: from AdapterFile to AdapterFile, or to a report."""

@@ -60,8 +60,8 @@ class OptimizerConfig(Section):
 
     name: str = "adamw"
     """adamw, adam, adafactor, sgd; or a name of pytorch-optimizer (prodigy, came, lion, ...; extra `optimizers`)."""
-    learning_rate: float = Field(1e-3, gt=0, le=10)
-    """Peak learning rate."""
+    learning_rate: float | None = Field(None, gt=0, le=10)
+    """Peak learning rate. Default: the base's, 1e-4 for real models."""
     text_encoder_learning_rate: float | None = Field(None, gt=0, le=10)
     """Peak rate of the text encoders' adapters. Default: half of the learning rate."""
     weight_decay: float = Field(0.01, ge=0)
@@ -77,10 +77,10 @@ class OptimizerConfig(Section):
 class LoopConfig(Section):
     """The training loop."""
 
-    steps: int = Field(600, ge=1)
-    """Optimizer steps."""
-    batch_size: int = Field(8, ge=1)
-    """Images per device and forward pass."""
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps. Default: the base's, 1500 for real models."""
+    batch_size: int | None = Field(None, ge=1)
+    """Images per device and forward pass. Default: the base's, 1 for real models."""
     gradient_accumulation: int = Field(1, ge=1)
     """Forward passes per optimizer step."""
     gradient_checkpointing: bool = False
@@ -123,6 +123,8 @@ class TrainConfig(Section):
     """Base model: a diffusers folder or hub name. Default: the embedded small base."""
     format: str = "kohya"
     """File format of the adapter: kohya, diffusers, peft."""
+    save_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Precision of the tensors in the adapter file; alpha stays exact."""
     seed: int = Field(0, ge=0)
     """Seed of every random draw: the same command gives the same adapter on the same machine."""
     resume: bool = False

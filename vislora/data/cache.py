@@ -66,14 +66,15 @@ class Cache:
         surplus = [path for path in self.folder.glob("??/*.safetensors") if path not in wanted]
         for path in surplus:
             path.unlink(missing_ok=True)
-            self._held.pop(path.stem, None)
+            self._room += _size(self._held.pop(path.stem, {}))
         return len(surplus)
 
     def _hold(self, key: str, tensors: Tensors) -> None:
-        taken = sum(tensor.nbytes for tensor in tensors.values())
-        if key not in self._held and taken <= self._room:
+        if key in self._held:
+            self._room += _size(self._held.pop(key))
+        if _size(tensors) <= self._room:
             self._held[key] = tensors
-            self._room -= taken
+            self._room -= _size(tensors)
 
 
 def weights_fingerprint(module: nn.Module, config: object = None) -> str:
@@ -83,6 +84,10 @@ def weights_fingerprint(module: nn.Module, config: object = None) -> str:
     for name in sorted(state):
         _add(digest, name, state[name])
     return digest.hexdigest()
+
+
+def _size(tensors: Tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _digest(tensors: Tensors) -> str:

@@ -37,6 +37,7 @@ class _Found:
     result: Captions
     texts: dict[Path, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
     joined: list[str] = field(default_factory=list)
+    unreadable: set[Path] = field(default_factory=set)
 
     def add(self, image: Path, origin: str, text: str) -> None:
         if "\n" in text.strip():
@@ -119,8 +120,7 @@ def _read_sidecar(listing: Listing, found: _Found, file: Path, images: list[Path
         text = read_text(file)
     except Malformed as error:
         found.result.problems.append(f"{listing.name(file)}: {error}")
-        for image in images:  # so that the image is not called uncaptioned as well
-            found.texts[image].append((listing.name(file), "?"))
+        found.unreadable.update(images)  # named already, so not to be called uncaptioned as well
         return
     for image in images:
         found.add(image, listing.name(file), text)
@@ -152,6 +152,6 @@ def _settled(listing: Listing, found: _Found) -> Captions:
             result.problems.append(f"{listing.name(image)}: different captions in {files}; keep one")
         if texts:
             result.texts[image] = next(iter(texts))
-        else:
+        elif image not in found.unreadable:
             result.empty[image] = f"{origins[0][0]} has no words for a caption" if origins else "no caption"
     return result

@@ -27,7 +27,7 @@ RANDOM_CROPS = 4
 # Part of every cache key: raise it whenever this file gives other pixels for the same image.
 PREPROCESSING = "lanczos-box-1"
 
-_AVIF = features.check("avif")
+_AVIF = "avif" in features.get_supported()
 SUFFIXES = frozenset(
     [".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", *([".avif"] if _AVIF else [])]
 )

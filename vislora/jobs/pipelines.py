@@ -10,13 +10,12 @@ from typing import Any
 from torch import nn
 
 from vislora import formats
-from vislora.algorithms.base import scale_of
 from vislora.errors import AdapterFileError, AdapterMismatchError, ConfigError, listed, nearest
 from vislora.formats.adapter_file import AdapterFile, AdapterModule
-from vislora.inject.injection import FileModule, eject_from, inject_modules
+from vislora.inject.injection import FileModule, inject_modules
+from vislora.inject.injection import eject as eject_from
 from vislora.inject.stack import Stack, existing_stack, strength_in_range
 from vislora.models.base import components_of
-from vislora.registry import ALGORITHMS
 
 
 def load(
@@ -104,11 +103,8 @@ def _by_component(
 
 
 def _file_module(module: AdapterModule) -> FileModule:
-    if module.algo not in ALGORITHMS or module.magnitude is not None or module.bias is not None:
-        kind = f"{module.algo}{' with a magnitude' if module.magnitude is not None else ''}"
-        raise AdapterFileError(f"{module.raw_name}: modules of kind {kind} cannot be run yet; known: {[*ALGORITHMS]}")
-    scale = scale_of(module.alpha, ALGORITHMS[module.algo].rank(module.tensors), module.rule)
-    return FileModule(module.path or module.raw_name, module.algo, module.tensors, scale)
+    algorithm = module.algorithm  # raises for a kind that cannot be run
+    return FileModule(module.path or module.raw_name, algorithm.name, module.tensors, module.scale)
 
 
 def _looks(adapter_file: AdapterFile, family: str | None) -> str:

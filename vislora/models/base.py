@@ -44,6 +44,9 @@ class Traits:
     size_step: int
     steps: int
     guidance_scale: float
+    learning_rate: float
+    train_steps: int
+    batch_size: int
     tags: Mapping[str, str]
 
 
@@ -118,6 +121,9 @@ def read_traits(path: Path, pipeline: Any, resolution: int, size_step: int, tags
         "size_step": size_step,
         "steps": 20,
         "guidance_scale": float(signature["guidance_scale"].default),
+        "learning_rate": 1e-4,
+        "train_steps": 1500,
+        "batch_size": 1,
     }
     own = path / "vislora.json"
     if own.is_file():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from vislora.models.base import Family
 from vislora.models.schedulers import scheduler_for
@@ -48,6 +49,21 @@ def make_images(family: Family, shots: Sequence[Shot], how: Sampling, batch_size
                 height=how.height,
             )
         yield made.images
+
+
+@contextmanager
+def vae_as(family: Family, dtype: torch.dtype) -> Iterator[None]:
+    """Hold the VAE in `dtype` for a while: half-precision VAEs overflow, and training encodes each image only once."""
+    vae = family.pipeline.vae
+    own = vae.dtype
+    if own == dtype:
+        yield
+        return
+    nn.Module.to(vae, dtype=dtype)  # diffusers' own `to` warns of modules that this VAE does not have
+    try:
+        yield
+    finally:
+        nn.Module.to(vae, dtype=own)
 
 
 @contextmanager

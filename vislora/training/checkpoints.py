@@ -23,7 +23,7 @@ _TENSOR = "__tensor__"
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write `state` (nested dicts and lists of tensors and JSON values) as `folder`/step-NNNNNN; keep `keep` of them."""
+    """Write `state` (nested dicts and lists of tensors, JSON values) as `folder`/step-NNNNNN; keep the last `keep`."""
     path = folder / f"step-{step:06d}"
     tensors: dict[str, torch.Tensor] = {}
     plain = _split(state, "state", tensors)

@@ -1,8 +1,12 @@
+import contextlib
+import random
+
 import numpy as np
 import pytest
 import torch
-from helpers import make_image, quadrants
+from data_helpers import make_image, quadrants
 from PIL import Image, ImageCms
+
 from vislora.data.images import (
     WHITE,
     BadImage,
@@ -48,7 +52,8 @@ def test_every_exif_orientation_comes_out_upright(tmp_path, orientation, suffix)
 
 def test_damaged_exif_is_not_fatal(tmp_path):
     quadrants().save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\xff\xff\xff\xff")
-    assert load_image(tmp_path / "a.jpg").size == (32, 24)
+    with pytest.warns(UserWarning, match="Corrupt EXIF"):
+        assert load_image(tmp_path / "a.jpg").size == (32, 24)
 
 
 def test_hidden_colours_under_transparency_do_not_show(tmp_path):
@@ -171,6 +176,23 @@ def test_bad_files_are_named_with_the_reason(tmp_path):
         load_image(tmp_path / "a.png")
     with pytest.raises(BadImage, match="link to nothing"):
         decode(tmp_path / "gone.png")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".gif", ".tif"])
+def test_damaged_bytes_give_an_image_or_a_reason(tmp_path, suffix):
+    chance = random.Random(suffix)
+    path = tmp_path / f"a{suffix}"
+    Image.effect_noise((40, 30), 60).convert("RGB").save(path)
+    whole = path.read_bytes()
+    for _ in range(40):
+        data = bytearray(whole[: chance.choice([len(whole), chance.randrange(len(whole))])])
+        for _ in range(chance.choice([1, 5, 20])):
+            place = chance.randrange(chance.choice([64, len(whole)]))
+            data[place : place + 1] = bytes([chance.randrange(256)])
+        path.write_bytes(data)
+        with contextlib.suppress(BadImage):
+            assert decode(path).mode == "RGB"
 
 
 def test_pixels_range_and_layout(tmp_path):

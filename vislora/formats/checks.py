@@ -1,0 +1,59 @@
+"""What can be wrong with an adapter before its tensors are read: missing halves, shapes, alphas. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from vislora.formats.parsed import ParsedModule
+from vislora.formats.slots import missing_slots
+
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+def problems(modules: Iterable[ParsedModule]) -> list[str]:
+    """Return one line per fault, each naming its module and the tensors concerned."""
+    return [f"'{module.raw_name}': {fault}" for module in modules for fault in _faults(module)]
+
+
+def _faults(module: ParsedModule) -> list[str]:
+    if module.alpha is not None and not math.isfinite(module.alpha):
+        return [f"alpha is {module.alpha}"]
+    if not module.refs and module.bias is None:
+        return ["it has an alpha and nothing else"]
+    missing = missing_slots(module.algo, module.refs)
+    if missing:
+        return [f"incomplete, it lacks {' and '.join(missing)} (it has {', '.join(sorted(module.refs))})"]
+    if module.algo != "lora":
+        return []
+    odd = [
+        f"{slot} is {ref.dtype}, not a floating type" for slot, ref in module.refs.items() if ref.dtype not in FLOATS
+    ]
+    if odd:
+        return odd
+    return _embedding_faults(module) if "embedding_down" in module.refs else _lora_faults(module)
+
+
+def _embedding_faults(module: ParsedModule) -> list[str]:
+    down, up = (module.refs[slot].shape for slot in ("embedding_down", "embedding_up"))
+    if set(module.refs) != {"embedding_down", "embedding_up"}:
+        return [f"mixes an embedding's slots with others: {', '.join(sorted(module.refs))}"]
+    if len(down) != 2 or len(up) != 2 or down[0] != up[1] or down[0] == 0:
+        return [f"embedding_down {list(down)} and embedding_up {list(up)} do not share a rank"]
+    return []
+
+
+def _lora_faults(module: ParsedModule) -> list[str]:
+    shapes = {slot: ref.shape for slot, ref in module.refs.items()}
+    down, up, mid = shapes["down"], shapes["up"], shapes.get("mid")
+    shown = ", ".join(f"{slot} {list(shape)}" for slot, shape in shapes.items())
+    if not 2 <= len(down) <= 5 or len(up) != len(down) or (mid is not None and len(mid) != len(down)):
+        return [f"these shapes fit no layer: {shown}"]
+    if 0 in (*down, *up, *(mid or ())):
+        return [f"a tensor is empty: {shown}"]
+    if any(size != 1 for size in up[2:]) or (mid is not None and any(size != 1 for size in down[2:])):
+        return [f"a projection should have kernel size 1: {shown}"]
+    ranks = (down[0], up[1]) if mid is None else (mid[1], mid[0])
+    if (down[0], up[1]) != ranks or (mid is None and down[0] != up[1]):
+        return [f"its tensors do not share a rank: {shown}"]
+    return []

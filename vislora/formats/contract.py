@@ -1,0 +1,79 @@
+"""The contract of a file format. A new format is one file with one `Format` in it, and one line in the registry.
+
+Nothing here imports torch: `vislora inspect` parses files with it and never reads a tensor. `pack` handles tensors, but
+only by passing them on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from vislora.formats.names import FAMILY_NAMES, FOLDERS, Place
+from vislora.formats.parsed import ParsedModule, Part
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class Stored:
+    """A module as it will stand in the file: renamed, fused where the format fuses, its tensors under native slots."""
+
+    component: str
+    name: str
+    algo: str
+    tensors: dict[str, Tensor]
+    rank: int
+    alpha: float
+    rule: str
+
+
+@dataclass
+class Packed:
+    """One safetensors file to write. A float becomes a float32 scalar. `folder`, `config`: of a PEFT folder."""
+
+    tensors: dict[str, Tensor | float]
+    metadata: dict[str, str]
+    folder: str = ""
+    config: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to write an adapter down.
+
+    container: a file, or a folder. claims(key): is this key named in this format's way?
+    parse(part, keys): the modules of these keys, which are all claimed.
+    place(component, path, family): where a layer is stored, or None when the format has no name for it.
+    suffixes: slot -> end of key; a slot that is not among them cannot be written.
+    pack(modules, family, metadata): the files to write. zero_alpha: what an alpha of 0 means to its readers.
+    """
+
+    name: str
+    container: Literal["file", "folder"]
+    claims: Callable[[str], bool]
+    parse: Callable[[Part, list[str]], list[ParsedModule]]
+    place: Callable[[str, str, str | None], Place | None]
+    suffixes: Mapping[str, str]
+    pack: Callable[[list[Stored], str | None, dict[str, str]], list[Packed]]
+    zero_alpha: Literal["no effect", "rank"] = "no effect"
+
+    def matches(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
+        """Say whether any of these keys is this format's. `metadata` is only a hint and never decides."""
+        return any(map(self.claims, keys))
+
+
+def folder_of(component: str, family: str | None, path: str = "") -> str:
+    """Return diffusers' name of a component (`unet`, `text_encoder_2`, ...); without a family the path decides."""
+    if component.startswith("unknown:"):
+        return component.removeprefix("unknown:")
+    if family in FAMILY_NAMES:
+        known = FAMILY_NAMES[family].folders
+        if component in known:
+            return known[component]
+    if component == "denoiser":
+        return "unet" if path.startswith(("down_blocks.", "mid_block.", "up_blocks.", "conv_")) else "transformer"
+    return next((folder for folder, item in FOLDERS.items() if item == component), component.replace(":", "_"))

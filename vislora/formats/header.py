@@ -1,0 +1,156 @@
+"""Safetensors headers, read and strictly validated without torch or numpy.
+
+Spec: https://github.com/huggingface/safetensors#format - 8 bytes little-endian length, JSON, then the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vislora.errors import AdapterFileError
+
+MAX_HEADER = 100_000_000
+BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "C64": 64,
+    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
+}  # fmt: skip
+SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B"}
+PICKLE_ADVICE = (
+    "it is a pickle, and opening a pickle can run any code that is hidden in it, so vislora never does; if you "
+    "trust it, write its tensors to a .safetensors file: "
+    "safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW)"
+)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a file. `start`, `end`: its bytes, counted from the beginning of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def count(self) -> int:
+        """Return the number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file holds."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    size: int
+
+
+def read_header(path: Path) -> Header:
+    """Read the header of `path`. Raises `AdapterFileError` that names the file and its first fault."""
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            start = file.read(64)
+            length = _header_length(path, start, size)
+            file.seek(8)
+            text = file.read(length)
+    except OSError as error:
+        raise AdapterFileError(f"{path}: cannot be read: {error.strerror or error}") from error
+    entries = _json(path, text)
+    metadata = _metadata(path, entries.pop("__metadata__", {}))
+    tensors = {key: _tensor(path, key, entry, 8 + length) for key, entry in entries.items()}
+    _check_layout(path, tensors, 8 + length, size)
+    return Header(tensors, metadata, size)
+
+
+def read_scalar(path: Path, key: str, info: TensorInfo) -> float:
+    """Decode a tensor of one element, such as an alpha. Raises `AdapterFileError` when it is not one number."""
+    if info.count != 1 or info.dtype not in (*SCALARS, "BF16"):
+        raise AdapterFileError(f"{path}: '{key}' should be one number, it is {info.dtype} of shape {list(info.shape)}")
+    with open(path, "rb") as file:
+        file.seek(info.start)
+        data = file.read(info.end - info.start)
+    if info.dtype == "BF16":  # the upper half of a float32
+        return float(struct.unpack("<f", b"\0\0" + data)[0])
+    return float(struct.unpack(SCALARS[info.dtype], data)[0])
+
+
+def _header_length(path: Path, start: bytes, size: int) -> int:
+    if size == 0:
+        raise AdapterFileError(f"{path}: the file is empty (0 bytes); download or copy it again")
+    length = int.from_bytes(start[:8], "little")
+    if size >= 10 and start[8:9] == b"{" and 2 <= length <= min(MAX_HEADER, size - 8):
+        return length
+    if start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05" and start[8:9] != b"{"):
+        raise AdapterFileError(f"{path}: cannot be opened: {PICKLE_ADVICE}")
+    if start.startswith((b"version https://git-lfs", b"<!DOCTYPE", b"<html")):
+        raise AdapterFileError(f"{path}: this is a web page or a Git LFS pointer; download the file itself")
+    if start[8:9] == b"{":
+        fault = f"its header should take {length} bytes, the file has {size}: it is truncated or damaged"
+        raise AdapterFileError(f"{path}: {fault}")
+    raise AdapterFileError(f"{path}: not a safetensors file (it begins with {start[:12]!r})")
+
+
+def _json(path: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise AdapterFileError(f"{path}: the name '{twice}' stands twice in the header")
+        return found
+
+    try:
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, AdapterFileError):
+            raise
+        raise AdapterFileError(f"{path}: its header is not valid JSON ({error}); the file is damaged") from error
+    if not isinstance(entries, dict):
+        raise AdapterFileError(f"{path}: its header is not a JSON object; the file is damaged")
+    return entries
+
+
+def _metadata(path: Path, value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+        raise AdapterFileError(f"{path}: its metadata should map text to text")
+    return value
+
+
+def _tensor(path: Path, key: str, entry: Any, data_start: int) -> TensorInfo:
+    fault = f"{path}: the header entry of '{key}' is damaged"
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise AdapterFileError(f"{fault}: it needs dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise AdapterFileError(f"{fault}: unknown dtype {dtype!r}")
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+        raise AdapterFileError(f"{fault}: shape {shape!r}, data_offsets {offsets!r}")
+    needed = math.prod(shape) * BITS[dtype] // 8
+    if offsets[1] - offsets[0] != needed:
+        raise AdapterFileError(f"{fault}: {dtype} {shape} takes {needed} bytes, data_offsets are {offsets}")
+    return TensorInfo(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def _check_layout(path: Path, tensors: dict[str, TensorInfo], data_start: int, size: int) -> None:
+    """Tensors must follow each other without gaps or overlaps and end where the file ends."""
+    expected = data_start
+    for key, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if info.start != expected:
+            word = "overlaps another tensor" if info.start < expected else "leaves a gap before it"
+            raise AdapterFileError(f"{path}: '{key}' {word}; the file is damaged")
+        expected = info.end
+    if expected != size:
+        fault = "truncated" if expected > size else "longer than its header says"
+        raise AdapterFileError(f"{path}: the file is {fault}: its header describes {expected} bytes, it has {size}")

@@ -1,0 +1,146 @@
+"""From trained parameters to an adapter file, with the metadata that this and other programs read."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from vislora.data.buckets import Bucket
+from vislora.data.dataset import counts
+from vislora.data.scan import Example, dataset_hash
+from vislora.formats.adapter_file import AdapterFile, AdapterModule
+from vislora.formats.names import canonical
+from vislora.inject.injection import AdapterSet
+from vislora.jobs.devices import DTYPES
+from vislora.jobs.plan import Plan
+from vislora.jobs.recipes import versions
+from vislora.models.base import Family
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is known at the time of saving. `started`: seconds since 1970."""
+
+    family: Family
+    base_hash: str
+    examples: Sequence[Example]
+    buckets: Mapping[Bucket, Sequence[int]]
+    started: float
+
+
+def adapter_file(adapters: Mapping[str, AdapterSet], plan: Plan, trained: Trained, name: str, step: int) -> AdapterFile:
+    """Return the adapter as it is now, tensors copied."""
+    modules = [
+        AdapterModule(
+            component=component,
+            path=canonical(path) if component.startswith("te:clip") else path,
+            raw_name="",
+            algo=meta.algorithm,
+            tensors={slot: tensor.to(DTYPES[plan.config.save_precision]) for slot, tensor in slots.items()},
+            alpha=meta.alpha,
+            rule=meta.rule,
+        )
+        for component, parameters in adapters.items()
+        for path, meta, slots in parameters.modules_with_slots()
+    ]
+    family = trained.family.card.name
+    return AdapterFile(modules=modules, metadata=_metadata(plan, trained, name, step), family=family)
+
+
+def _metadata(plan: Plan, trained: Trained, name: str, step: int) -> dict[str, str]:
+    """All values are strings: a safetensors header holds no others."""
+    config = plan.config
+    base = config.base or "vislora embedded"
+    data = {"hash": dataset_hash(trained.examples), **counts(trained.examples, trained.buckets)}
+    own = {
+        "vislora.base": json.dumps({"name": base, "hash": trained.base_hash, "family": trained.family.card.name}),
+        "vislora.data": json.dumps(data),
+        "vislora.config": config.model_dump_json(exclude={"output", "resume", "overwrite", "device"}),
+        "vislora.steps": str(step),
+        "vislora.versions": json.dumps(versions()),
+    }
+    return {
+        **own,
+        **_modelspec(plan, trained, name),
+        **_ss(plan, trained, name, step),
+        **trained.family.traits.tags,
+    }
+
+
+def _modelspec(plan: Plan, trained: Trained, name: str) -> dict[str, str]:
+    """Stability AI's ModelSpec 1.0.1."""
+    trigger = plan.config.data.trigger
+    found = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.title": name,
+        "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
+        "modelspec.resolution": f"{plan.resolution}x{plan.resolution}",
+        "modelspec.encoder_layer": "1",
+    }
+    return {**found, "modelspec.trigger_phrase": trigger} if trigger else found
+
+
+def _ss(plan: Plan, trained: Trained, name: str, step: int) -> dict[str, str]:
+    """sd-scripts' keys, which web user interfaces show. Values that have no counterpart here are left out."""
+    config = plan.config
+    adapter, loop, optimizer = config.adapter, config.loop, config.optimizer
+    alpha = adapter.rank if adapter.alpha is None else adapter.alpha
+    per_epoch = max(1, len(trained.examples) * config.data.repeats)
+    has_conv = adapter.preset in ("all", "every-layer")
+    network_args = {"conv_dim": str(adapter.rank), "conv_alpha": str(alpha)} if has_conv else {}
+    values: dict[str, Any] = {
+        "output_name": name,
+        "sd_model_name": config.base or "vislora embedded",
+        "network_module": "networks.lora",
+        "network_dim": adapter.rank,
+        "network_alpha": alpha,
+        "network_args": json.dumps(network_args),
+        "network_dropout": adapter.dropout,
+        "seed": config.seed,
+        "steps": step,
+        "max_train_steps": plan.steps,
+        "num_epochs": -(-step * plan.batch_size * loop.gradient_accumulation // per_epoch),
+        "num_train_images": len(trained.examples) * config.data.repeats,
+        "num_reg_images": 0,
+        "batch_size_per_device": plan.batch_size,
+        "gradient_accumulation_steps": loop.gradient_accumulation,
+        "gradient_checkpointing": loop.gradient_checkpointing,
+        "mixed_precision": loop.mixed_precision,
+        "learning_rate": plan.learning_rate,
+        "unet_lr": plan.learning_rate,
+        "text_encoder_lr": plan.text_learning_rate if adapter.text_encoders else 0.0,
+        "optimizer": optimizer.name,
+        "lr_scheduler": optimizer.schedule,
+        "lr_warmup_steps": optimizer.warmup_steps,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "min_snr_gamma": loop.min_snr_gamma,
+        "noise_offset": loop.noise_offset,
+        "caption_dropout_rate": config.data.caption_dropout,
+        "resolution": f"({plan.resolution}, {plan.resolution})",
+        "enable_bucket": True,
+        "bucket_info": json.dumps(_bucket_info(trained.buckets)),
+        "dataset_dirs": json.dumps(
+            {config.data.folder.name: {"n_repeats": config.data.repeats, "img_count": len(trained.examples)}}
+        ),
+        "tag_frequency": json.dumps({config.data.folder.name: _tags(trained.examples)}),
+        "training_started_at": trained.started,
+        "training_finished_at": datetime.now(UTC).timestamp(),
+    }
+    return {f"ss_{key}": str(value) for key, value in values.items()}
+
+
+def _bucket_info(buckets: Mapping[Bucket, Sequence[int]]) -> dict[str, Any]:
+    rows = {
+        str(number): {"resolution": [bucket.width, bucket.height], "count": len(indices)}
+        for number, (bucket, indices) in enumerate(sorted(buckets.items()))
+    }
+    return {"buckets": rows}
+
+
+def _tags(examples: Sequence[Example]) -> dict[str, int]:
+    tags = (tag.strip() for example in examples for tag in example.caption.split(","))
+    return dict(Counter(tag for tag in tags if tag).most_common(200))

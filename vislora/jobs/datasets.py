@@ -1,0 +1,87 @@
+"""From a folder of images to cached, endless batches: the data half of `train`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+
+from vislora.data.buckets import Bucket, assign, bucket_notes, bucket_summary
+from vislora.data.cache import Cache, weights_fingerprint
+from vislora.data.dataset import TrainingSet
+from vislora.data.encode import cache_latents, cache_texts, views
+from vislora.data.sampler import Sampler
+from vislora.data.scan import Example, dataset_hash, scan
+from vislora.jobs.plan import Plan
+from vislora.jobs.run_folder import RunFolder
+from vislora.models.base import Family
+from vislora.models.sampling import vae_as
+from vislora.records import Note, Record
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Examples with everything cached. `hash`: of all contents and captions."""
+
+    examples: list[Example]
+    buckets: Mapping[Bucket, list[int]]
+    dataset: TrainingSet
+    sampler: Sampler
+
+    @property
+    def hash(self) -> str:
+        """Return the hash of contents and captions."""
+        return dataset_hash(self.examples)
+
+    def batches(self, process: int, processes: int) -> Iterator[dict[str, Any]]:
+        """Yield this process' share of the batches, for ever."""
+        for _, tensors in islice(self.dataset.batches(self.sampler), process, None, processes):
+            yield tensors
+
+
+def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Record, None, Prepared]:
+    """Scan the folder, sort into buckets, encode what the cache does not have. Raises `DataError`."""
+    config, data = plan.config, plan.config.data
+    found = scan(
+        data.folder,
+        captions=data.captions,
+        trigger=data.trigger,
+        allow_missing_captions=data.allow_missing_captions,
+        skip_bad=data.skip_bad,
+        recursive=data.recursive,
+    )
+    for path, reason in found.skipped:
+        yield Note(f"skipped {path}: {reason}", "warning")
+    step = family.traits.size_step
+    buckets = assign(found.examples, plan.resolution, step, max_aspect=data.max_aspect, upscale=data.upscale)
+    for line in [*found.notes, *bucket_notes(found.examples, buckets), *bucket_summary(buckets)]:
+        yield Note(line)
+    cache = Cache(data.cache or folder.root / "cache")
+    image_print = weights_fingerprint(family.pipeline.vae, dict(family.pipeline.vae.config))
+    look = {"crop": data.crop, "flip": data.flip, "background": data.background_rgb}
+    wanted = views(found.examples, buckets, fingerprint=image_print, **look)
+    with vae_as(family, torch.float32):
+        yield from cache_latents(cache, wanted, family.encode_image, batch_size=8)
+    keys = None
+    if not config.adapter.text_encoders:
+        captions = [example.caption for example in found.examples]
+        keys = yield from cache_texts(cache, captions, family.encode_prompt, fingerprint=_text_fingerprint(family))
+    dataset = TrainingSet(cache, wanted, keys, seed=config.seed, caption_dropout=data.caption_dropout)
+    sampler = Sampler(buckets, plan.batch_size, config.seed, data.repeats)
+    return Prepared(found.examples, buckets, dataset, sampler)
+
+
+def _text_fingerprint(family: Family) -> str:
+    """Return a hash over the text encoders and what their tokenizers make of a fixed sentence."""
+    digest = hashlib.sha256()
+    for component, module in family.components.items():
+        if component != "denoiser":
+            digest.update(weights_fingerprint(module, str(module.dtype)).encode())
+    for name, part in sorted(family.pipeline.components.items()):
+        if name.startswith("tokenizer") and part is not None:
+            digest.update(repr((part.model_max_length, sorted(part.get_vocab().items()))).encode())
+    return digest.hexdigest()

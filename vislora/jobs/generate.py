@@ -1,0 +1,123 @@
+"""`vislora generate`: images from prompts and a stack of adapters; every PNG says how to make it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vislora.config.generate import GenerateConfig
+from vislora.errors import AdapterFileError, ModelError
+from vislora.files import replacing
+from vislora.jobs.prompts import Prompt, find_adapter, label_adapters, parse_adapter, parse_prompt, read_prompts
+from vislora.jobs.recipes import adapter_hash, read_recipe, save_png, threads, versions
+from vislora.jobs.studio import Job, Picture, Studio, free_numbers, make, open_studio
+from vislora.models.base import Family
+from vislora.models.sampling import Sampling, Shot
+from vislora.records import Done, Note, Progress, Record, result
+from vislora.reports.sheet import contact_sheet
+
+
+def generate(**settings: Any) -> list[Picture]:
+    """Make images; `settings` are the fields of `GenerateConfig`. Returns the pictures, in the order of the prompts."""
+    return result(run(GenerateConfig.of(settings)))
+
+
+def run(config: GenerateConfig) -> Iterator[Record]:
+    """Make the images of `config`, or repeat the one of `config.like`; yields progress, then the pictures."""
+    if config.like is not None:
+        yield from _repeat(config, config.like)
+        return
+    prompts = [parse_prompt(raw) for raw in read_prompts(config.prompt, config.prompts)]
+    always = dict(parse_adapter(raw) for raw in config.adapter)
+    named = dict.fromkeys([*always, *(name for prompt in prompts for name in prompt.strengths)])
+    labels, paths = label_adapters(named, config.adapters)
+    studio = open_studio(config.base, config.device, config.precision)
+    for label, path in paths.items():
+        yield from studio.load(label, path, config.allow_partial)
+    how = sampling(studio.family, config)
+    jobs = [
+        Job(Shot(prompt.text, config.negative_prompt, config.seed + number), _stack(always, prompt, labels))
+        for prompt in prompts
+        for number in range(config.count)
+    ]
+    pictures: list[Picture] = []
+    yield from _collect(make(studio, jobs, how, config.batch_size, config.output), pictures)
+    lines = [str(picture.path) for picture in pictures]
+    if config.sheet:
+        path = config.output / "sheet.png"
+        yield from _sheet(studio, jobs, how, config.batch_size, pictures, path)
+        lines.append(str(path))
+    yield Done(pictures, "\n".join(lines))
+
+
+def sampling(family: Family, config: GenerateConfig) -> Sampling:
+    """Return how images are made: the settings, and the base's own where they are silent."""
+    traits = family.traits
+    return Sampling(
+        steps=config.steps or traits.steps,
+        guidance_scale=traits.guidance_scale if config.guidance_scale is None else config.guidance_scale,
+        width=config.width or traits.resolution,
+        height=config.height or traits.resolution,
+        scheduler=config.scheduler,
+    )
+
+
+def _stack(always: dict[str, float], prompt: Prompt, labels: dict[str, str]) -> dict[str, float]:
+    """Return the strengths of one prompt: those of the flags, and over them those that its own text names."""
+    return {labels[name]: strength for name, strength in [*always.items(), *prompt.strengths.items()]}
+
+
+def _collect(records: Iterator[Progress | Picture], pictures: list[Picture], task: str = "") -> Iterator[Progress]:
+    """Move the pictures into `pictures` and pass the progress on, under the name `task` when one is given."""
+    for record in records:
+        if isinstance(record, Picture):
+            pictures.append(record)
+        else:
+            yield Progress(task or record.task, record.done, record.total)
+
+
+def _sheet(
+    studio: Studio, jobs: list[Job], how: Sampling, batch_size: int, stacked: list[Picture], path: Path
+) -> Iterator[Progress]:
+    """Make every job with the base and with each adapter alone too, and write them all as one picture."""
+    columns: dict[str, list[Image.Image]] = {}
+    alone = list(studio.paths) if len(studio.paths) > 1 else []
+    for name in ["base", *alone]:
+        label = name.replace("/", "-")
+        part = [Job(job.shot, {} if name == "base" else {name: job.strengths.get(name, 1.0)}) for job in jobs]
+        pictures: list[Picture] = []
+        yield from _collect(make(studio, part, how, batch_size, path.parent / label), pictures, f"sheet: {label}")
+        columns[label] = [picture.image for picture in pictures]
+    if studio.paths:
+        last = "stack" if alone else next(iter(studio.paths))
+        columns[last] = [picture.image for picture in stacked]
+    rows = list(zip(*columns.values(), strict=True))
+    sheet = contact_sheet(rows, [job.shot.prompt for job in jobs], list(columns))
+    with replacing(path) as temporary:
+        sheet.save(temporary, format="PNG")
+
+
+def _repeat(config: GenerateConfig, source: Path) -> Iterator[Record]:
+    """Make the image of a recipe again: same base, adapters, batch. Raises a `VisloraError` when one has changed."""
+    recipe = read_recipe(source)
+    studio = open_studio(recipe.base, config.device, recipe.precision)
+    if studio.base_hash != recipe.base_hash:
+        raise ModelError(f"like: the base '{recipe.base or 'embedded'}' is not the one that {source} was made with")
+    for row in recipe.adapters:
+        path = find_adapter(row["path"], config.adapters)
+        if adapter_hash(path) != row["sha256"]:
+            raise AdapterFileError(f"like: {path} has changed since {source} was made")
+        yield from studio.load(row["name"], path, config.allow_partial)
+    now = {**versions(), "device": str(studio.device), "threads": str(threads())}
+    then = {**recipe.versions, "device": recipe.device, "threads": str(recipe.threads)}
+    changed = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if now[name] != then.get(name)]
+    if changed:
+        yield Note(f"the last bits may differ: {'; '.join(changed)}", "warning")
+    strengths = {row["name"]: row["strength"] for row in recipe.adapters}
+    image, again = studio.shoot(recipe.batch, strengths, recipe.sampling)[recipe.index]
+    path = config.output / f"{next(free_numbers(config.output)):05d}-{recipe.shot.seed}.png"
+    save_png(image, path, again)
+    yield Done([Picture(path, image, again)], str(path))

@@ -1,0 +1,109 @@
+"""Prompts and the adapters that they name: `<lora:name:0.8>` in the text, `--adapter path:0.8` on the command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vislora.errors import ConfigError, listed, nearest
+from vislora.inject.stack import strength_in_range
+
+_TAG = re.compile(r"<lora:([^:<>]+)(?::([^:<>]*))?>")
+_SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model is given, and the adapters (name or path -> strength) that the text asked for."""
+
+    text: str
+    strengths: dict[str, float]
+
+
+def parse_prompt(raw: str) -> Prompt:
+    """Take every `<lora:name>` and `<lora:name:strength>` out of a prompt; one named twice counts with the sum.
+
+    Raises `ConfigError` for a strength that is no number.
+    """
+    strengths: dict[str, float] = {}
+    for name, number in _TAG.findall(raw):
+        strengths[name] = strengths.get(name, 0.0) + _strength(name, number or "1", raw)
+    text = re.sub(r"\s{2,}", " ", _TAG.sub("", raw)).strip()
+    return Prompt(re.sub(r"\s+,", ",", text), strengths)
+
+
+def parse_adapter(raw: str) -> tuple[str, float]:
+    """Split `style.safetensors:0.8` into the name or path and the strength (1 when there is none)."""
+    name, colon, number = raw.rpartition(":")
+    if not colon or not re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?|[+-]?(nan|inf(inity)?)", number, re.IGNORECASE):
+        return raw, 1.0
+    return name, _strength(name, number, raw)
+
+
+def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
+    """Return the prompts of the flags, then those of the file. Raises `ConfigError` when there is none at all."""
+    prompts = list(given)
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"prompts: {file} cannot be read as UTF-8 text ({error})") from None
+        prompts += [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not prompts:
+        raise ConfigError("no prompt: give --prompt 'a fox, ink style' (more than once if you like) or --prompts FILE")
+    return prompts
+
+
+def find_adapter(name: str, folders: Iterable[Path]) -> Path:
+    """Return the file that `name` means: a path, or the one of that name in `folders`, searched through.
+
+    Raises `ConfigError` when there is none (with the nearest names) or more than one.
+    """
+    given = Path(name).expanduser()
+    if given.exists():
+        return given
+    found = [path for folder in folders for path in _adapters_in(folder)]
+    fitting = sorted({path.resolve() for path in found if name in (path.stem, path.name)})
+    if len(fitting) > 1:
+        raise ConfigError(listed(f"adapter '{name}' could be any of these; give the path:", map(str, fitting)))
+    if not fitting:
+        searched = ", ".join(str(folder) for folder in folders)
+        near = nearest(name, {path.stem for path in found})
+        raise ConfigError(
+            f"no adapter '{name}': it is no file, and not in {searched}{near}; name folders by --adapters"
+        )
+    return next(path for path in found if path.resolve() == fitting[0])
+
+
+def label_adapters(names: Iterable[str], folders: Sequence[Path]) -> tuple[dict[str, str], dict[str, Path]]:
+    """Find every named adapter; return (name as given -> label, label -> path).
+
+    A file has one label, its stem, however it was named; a second file of that stem gets its folder's name in front.
+    """
+    labels: dict[str, str] = {}
+    paths: dict[str, Path] = {}
+    for name in names:
+        path = find_adapter(name, folders)
+        label = path.stem
+        if label in paths and paths[label].resolve() != path.resolve():
+            label = f"{path.parent.name}/{path.stem}"
+        labels[name] = label
+        paths.setdefault(label, path)
+    return labels, paths
+
+
+def _adapters_in(folder: Path) -> list[Path]:
+    """Return the adapter files and PEFT folders under `folder`; checkpoints of training runs are not adapters."""
+    files = [path for path in folder.rglob(f"*{_SUFFIX}") if path.name != f"adapter_model{_SUFFIX}"]
+    directories = [path.parent for path in folder.rglob("adapter_config.json")]
+    return sorted(path for path in [*files, *directories] if "checkpoints" not in path.parts)
+
+
+def _strength(name: str, number: str, raw: str) -> float:
+    try:
+        value = float(number)
+    except ValueError:
+        raise ConfigError(f"'{raw}': the strength of '{name}' is '{number}', which is no number") from None
+    return strength_in_range(name, value)

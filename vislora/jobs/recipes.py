@@ -1,0 +1,134 @@
+"""The recipe of an image, carried by its PNG: everything that is needed to make it again, bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+
+from vislora.errors import ConfigError
+from vislora.files import replacing, sha256
+from vislora.models.sampling import Sampling, Shot
+
+KEY = "vislora"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`batch` holds all shots of the batch that the image was made in and `index` its place: a batch of another size
+    changes the last bits. `adapters`: rows of path, sha256 and strength. `engine`: merged or stacked.
+    """
+
+    base: str
+    base_hash: str
+    adapters: tuple[dict[str, Any], ...]
+    sampling: Sampling
+    batch: tuple[Shot, ...]
+    index: int
+    device: str
+    precision: str
+    engine: str
+    threads: int
+    versions: dict[str, str]
+
+    @property
+    def shot(self) -> Shot:
+        """The image's own prompt and seed."""
+        return self.batch[self.index]
+
+
+def save_png(image: Image.Image, path: Path, recipe: Recipe) -> None:
+    """Write a PNG with the recipe as JSON, and the `parameters` text that other programs show."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(KEY, json.dumps(asdict(recipe), ensure_ascii=False))
+    info.add_itxt("parameters", _parameters(recipe))
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Return the recipe of a PNG. Raises `ConfigError` when the file has none."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()
+            text = image.text.get(KEY)  # type: ignore[attr-defined]
+    except (OSError, UnidentifiedImageError, ValueError) as error:
+        raise ConfigError(f"like: {path} cannot be read as a PNG ({error})") from None
+    if text is None:
+        raise ConfigError(f"like: {path} carries no recipe of vislora; it was made by another program, or stripped")
+    try:
+        fields = json.loads(text)
+        fields["sampling"] = Sampling(**fields["sampling"])
+        fields["batch"] = tuple(Shot(**shot) for shot in fields["batch"])
+        fields["adapters"] = tuple(fields["adapters"])
+        return Recipe(**fields)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"like: the recipe in {path} is damaged or of another version ({error})") from None
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    packages = ("vislora", "torch", "diffusers", "transformers")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def adapter_hash(path: Path) -> str:
+    """Return the SHA-256 of an adapter file, or of all files of a PEFT folder by name."""
+    if path.is_file():
+        return sha256(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    text = "\n".join(f"{file.relative_to(path)} {sha256(file)}" for file in files)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def base_hash(path: Path) -> str:
+    """Return a hash that tells bases apart: names, sizes, and the first and last MiB of every file of the folder.
+
+    A base of many gigabytes is not read whole; a hub name (no folder) is its own hash.
+    """
+    digest = hashlib.sha256(path.as_posix().encode() if not path.is_dir() else b"")
+    for file in sorted(item for item in path.rglob("*") if item.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path).as_posix()} {size}".encode())
+        with open(file, "rb") as stream:
+            digest.update(stream.read(1 << 20))
+            stream.seek(max(0, size - (1 << 20)))
+            digest.update(stream.read())
+    return digest.hexdigest()
+
+
+def threads() -> int:
+    """Return torch's thread count: another one sums in another order."""
+    return torch.get_num_threads()
+
+
+def adapter_rows(paths: Mapping[str, Path], strengths: Mapping[str, float]) -> tuple[dict[str, Any], ...]:
+    """Return what a recipe says of a stack: name, path, hash and strength of each adapter that is not at zero."""
+    return tuple(
+        {"name": name, "path": str(paths[name]), "sha256": adapter_hash(paths[name]), "strength": strength}
+        for name, strength in sorted(strengths.items())
+        if strength != 0.0
+    )
+
+
+def _parameters(recipe: Recipe) -> str:
+    how, shot = recipe.sampling, recipe.shot
+    tags = "".join(f" <lora:{row['name']}:{row['strength']:g}>" for row in recipe.adapters)
+    settings: Sequence[str] = (
+        f"Steps: {how.steps}",
+        f"Sampler: {how.scheduler}",
+        f"CFG scale: {how.guidance_scale:g}",
+        f"Seed: {shot.seed}",
+        f"Size: {how.width}x{how.height}",
+        f"Model: {Path(recipe.base).name or 'vislora embedded'}",
+        f"Version: vislora {recipe.versions['vislora']}",
+    )
+    return f"{shot.prompt}{tags}\nNegative prompt: {shot.negative_prompt}\n{', '.join(settings)}"

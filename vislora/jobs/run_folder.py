@@ -1,0 +1,126 @@
+"""The folder of a training run: what is in it, and whether a run may start or go on there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vislora.config.toml import dump
+from vislora.config.train import TrainConfig
+from vislora.errors import ConfigError, listed
+from vislora.files import write_text
+from vislora.training.checkpoints import checkpoints, load_checkpoint
+
+# what may change between a run and its continuation: none of it touches what a step computes
+FREE = ("output", "name", "format", "save_precision", "resume", "overwrite", "device", "sample.", "data.cache")
+FREE_DATA = ("data.folder", "data.skip_bad", "data.allow_missing_captions")
+FREE_LOOP = ("loop.steps", "loop.save_every", "loop.keep_checkpoints", "loop.tensorboard")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    root: Path
+    name: str
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of resumable states."""
+        return self.root / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """Folder of images made while training."""
+        return self.root / "samples"
+
+    @property
+    def log(self) -> Path:
+        """One JSON line per step."""
+        return self.root / "log.jsonl"
+
+    @property
+    def config(self) -> Path:
+        """The resolved settings; `--config` takes the file as it is."""
+        return self.root / "config.toml"
+
+    def adapter(self, format: str, step: int | None = None) -> Path:
+        """Return where the adapter goes: a file, or a folder for PEFT; with `step`, the one of a checkpoint."""
+        stem = self.name if step is None else f"{self.name}-{step:06d}"
+        folder = self.root if step is None else self.checkpoints
+        return folder / (stem if format == "peft" else f"{stem}.safetensors")
+
+
+def open_folder(config: TrainConfig) -> tuple[RunFolder, dict[str, Any] | None]:
+    """Return the run folder and, for a run that goes on, the state of its last checkpoint.
+
+    Raises `ConfigError` when the folder holds a run and neither `resume` nor `overwrite` is set.
+    """
+    folder = RunFolder(config.output, config.name or config.output.name)
+    found = checkpoints(folder.checkpoints)
+    if config.overwrite and not config.resume:
+        _clear(folder, config.format)
+    elif not config.resume and (found or folder.config.exists()):
+        raise ConfigError(f"{folder.root} holds a run already: --resume goes on with it, --overwrite starts anew")
+    return folder, load_checkpoint(found[-1]) if config.resume and found else None
+
+
+def settle(config: TrainConfig, folder: RunFolder, state: dict[str, Any] | None) -> None:
+    """Write the resolved settings into the folder.
+
+    Raises `ConfigError` when the run goes on and a setting that a step depends on is not what it was.
+    """
+    if state is not None:
+        _require_same(state["settings"], settings_of(config), folder.checkpoints)
+    write_text(folder.config, dump(config))
+
+
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """Return every setting that a step depends on, as flat dotted names."""
+    flat = _flat(config.model_dump(mode="json"))
+    free = {*FREE_DATA, *FREE_LOOP}
+    return {key: value for key, value in flat.items() if key not in free and not key.startswith(FREE)}
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Drop the lines of a log that are past `step`: the steps after a checkpoint are done again."""
+    if path.is_file():
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def _step_of(line: str) -> int:
+    """A line that was cut off by a kill counts as past the end."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 1 << 62
+
+
+def _clear(folder: RunFolder, format: str) -> None:
+    for path in (folder.checkpoints, folder.samples, folder.log, folder.config, folder.adapter(format)):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _require_same(then: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    changed = [
+        f"{key}: {then.get(key)!r} in the checkpoint, {now.get(key)!r} now"
+        for key in sorted({*then, *now})
+        if then.get(key) != now.get(key)
+    ]
+    if changed:
+        title = f"cannot go on from {path} with other settings (put them back, or use another output):"
+        raise ConfigError(listed(title, changed))
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        parts = [_flat(item, f"{name}.{key}" if name else key) for key, item in value.items()]
+        return {key: item for part in parts for key, item in part.items()}
+    return {name: value}

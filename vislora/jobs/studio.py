@@ -1,0 +1,125 @@
+"""A loaded base with its adapters, and making images with it: shared by `generate` and the previews of `train`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count, groupby
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from vislora.inject.injection import merge, unmerge
+from vislora.jobs.devices import DTYPES, pick_device, pick_precision
+from vislora.jobs.pipelines import load, set_strengths
+from vislora.jobs.recipes import Recipe, adapter_rows, base_hash, save_png, threads, versions
+from vislora.models.base import EMBEDDED, Family, load_family
+from vislora.models.sampling import Sampling, Shot, make_images
+from vislora.records import Note, Progress
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image made, and its PNG."""
+
+    path: Path
+    image: Image.Image
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Job:
+    """A shot and the stack (name of a loaded adapter -> strength) that it is made with."""
+
+    shot: Shot
+    strengths: dict[str, float]
+
+
+@dataclass
+class Studio:
+    """What is needed to make images and to say how they were made. `paths`: name of a loaded adapter -> its file."""
+
+    family: Family
+    base: str
+    base_hash: str
+    precision: str
+    device: torch.device
+    paths: dict[str, Path] = field(default_factory=dict)
+
+    def load(self, name: str, path: Path, allow_partial: bool = False) -> Iterator[Note]:
+        """Load an adapter at strength 0; yields a note for every module that does not fit."""
+        misfits = load(self.family.pipeline, path, 0.0, name, allow_partial=allow_partial)
+        self.paths[name] = path
+        for line in misfits:
+            yield Note(f"adapter '{name}': not applied: {line}", "warning")
+
+    def set_stack(self, strengths: dict[str, float]) -> str:
+        """Give every loaded adapter its strength (0 unless named), merge when that is exact enough, and say which.
+
+        In float32 the deltas are merged into a second buffer; in half precision a merge would round small deltas
+        away, so there the adapters compute beside the base.
+        """
+        set_strengths(self.family.pipeline, {name: strengths.get(name, 0.0) for name in self.paths})
+        merged = self.precision == "fp32"
+        for module in self.family.components.values():
+            (merge if merged else unmerge)(module)
+        return "merged" if merged else "stacked"
+
+    def shoot(
+        self, shots: Sequence[Shot], strengths: dict[str, float], how: Sampling
+    ) -> list[tuple[Image.Image, Recipe]]:
+        """Make one batch with one stack; returns each image with its recipe."""
+        engine = self.set_stack(strengths)
+        rows = adapter_rows(self.paths, strengths)
+        images = next(make_images(self.family, shots, how, len(shots)))
+        return [(image, self._recipe(rows, how, tuple(shots), index, engine)) for index, image in enumerate(images)]
+
+    def _recipe(
+        self, rows: tuple[dict, ...], how: Sampling, batch: tuple[Shot, ...], index: int, engine: str
+    ) -> Recipe:
+        return Recipe(
+            base=self.base,
+            base_hash=self.base_hash,
+            adapters=rows,
+            sampling=how,
+            batch=batch,
+            index=index,
+            device=str(self.device),
+            precision=self.precision,
+            engine=engine,
+            threads=threads(),
+            versions=versions(),
+        )
+
+
+def open_studio(base: str, device: str, precision: str) -> Studio:
+    """Load a base for generation ('' is the embedded one). Raises `ModelError` or `ConfigError`."""
+    where = pick_device(device)
+    kind = pick_precision(precision, where)
+    family = load_family(base or None, DTYPES[kind], where)
+    return Studio(family, base, base_hash(Path(base) if base else EMBEDDED), kind, where)
+
+
+def make(
+    studio: Studio, jobs: Sequence[Job], how: Sampling, batch_size: int, output: Path
+) -> Iterator[Progress | Picture]:
+    """Make the images of `jobs` in order and write each as a PNG; neighbours with the same stack share batches."""
+    numbers = free_numbers(output)
+    done = 0
+    for _, group in groupby(jobs, key=lambda job: sorted(job.strengths.items())):
+        same = list(group)
+        for start in range(0, len(same), batch_size):
+            batch = same[start : start + batch_size]
+            for image, recipe in studio.shoot([job.shot for job in batch], batch[0].strengths, how):
+                path = output / f"{next(numbers):05d}-{recipe.shot.seed}.png"
+                save_png(image, path, recipe)
+                yield Picture(path, image, recipe)
+            done += len(batch)
+            yield Progress("generating", done, len(jobs))
+
+
+def free_numbers(folder: Path) -> Iterator[int]:
+    """Count up from the first number that no PNG in `folder` begins with: an image is never overwritten."""
+    taken = [int(path.name[:5]) for path in folder.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")]
+    return count(max(taken, default=-1) + 1)

@@ -1,0 +1,268 @@
+"""`vislora train`: a folder of images in, an adapter file out."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from vislora import formats
+from vislora.config.train import TrainConfig
+from vislora.errors import ConfigError, missing_extra
+from vislora.inject.injection import AdapterSet, FreshOptions, eject, inject_fresh, summary
+from vislora.inject.layer import Dropout
+from vislora.inject.targets import Target, select
+from vislora.jobs.adapter_files import Trained, adapter_file
+from vislora.jobs.datasets import Prepared, prepare_data
+from vislora.jobs.devices import DTYPES, pick_device, pick_precision
+from vislora.jobs.plan import Plan, make_plan
+from vislora.jobs.previews import preview
+from vislora.jobs.recipes import base_hash
+from vislora.jobs.run_folder import RunFolder, cut_log, open_folder, settings_of, settle
+from vislora.models.base import EMBEDDED, Family, load_family
+from vislora.records import Done, Note, Progress, Record, result
+from vislora.training.checkpoints import save_checkpoint
+from vislora.training.interrupt import stop_on_signal
+from vislora.training.loop import LoopOptions, StepRecord, fit
+from vislora.training.loss import DenoisingLoss, LossOptions
+from vislora.training.optim import ParameterGroup, make_optimizer
+
+FRESH = "training"
+"""What the adapter is called on the model while it trains."""
+
+
+@dataclass
+class Run:
+    """Everything that one run holds."""
+
+    plan: Plan
+    folder: RunFolder
+    family: Family
+    data: Prepared
+    adapters: dict[str, AdapterSet]
+    accelerator: Accelerator
+    module: DenoisingLoss
+    optimizer: torch.optim.Optimizer
+    about: Trained
+    step: int = 0
+
+    @property
+    def config(self) -> TrainConfig:
+        """The resolved settings."""
+        return self.plan.config
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """What `train` returns. `step`: the last one done; `finished`: False when the run was stopped before its end."""
+
+    path: Path
+    step: int
+    finished: bool
+
+
+def train(**settings: Any) -> TrainedAdapter:
+    """Train an adapter; `settings` are the fields of `TrainConfig`, sections as nested dicts."""
+    return result(run(TrainConfig.of(settings)))
+
+
+def run(config: TrainConfig) -> Iterator[Record]:
+    """Train as `config` says; yields notes and progress, then the adapter. The base is as before when it ends."""
+    started = time.time()
+    folder, state = open_folder(config)
+    accelerator = _accelerator(config, folder)
+    try:
+        family = _load_base(config, accelerator)
+        plan = make_plan(config, family.traits)
+        settle(plan.config, folder, state)
+        data = yield from prepare_data(plan, family, folder)
+        about = Trained(
+            family, base_hash(Path(config.base) if config.base else EMBEDDED), data.examples, data.buckets, started
+        )
+        adapters = _inject(config, family)
+        for line in summary(family.components, adapters):
+            yield Note(line)
+        job = _assemble(plan, folder, family, data, adapters, accelerator, about)
+        if state is not None:
+            _restore(job, state)
+            yield Note(f"going on from step {job.step} of {plan.steps}")
+        yield from _loop(job)
+    finally:
+        accelerator.end_training()
+        if accelerator.num_processes == 1:
+            # a process may train again with another precision or device
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _loop(job: Run) -> Generator[Record, None, None]:
+    """Run the steps, with checkpoints and samples between them; always end with a checkpoint and the adapter file."""
+    loop, sample = job.config.loop, job.config.sample
+    yield from preview(job, 0) if sample.every and job.step == 0 else ()
+    began, first = time.perf_counter(), job.step
+    with stop_on_signal() as stop:
+        for record in _steps(job):
+            job.step = record.step
+            _log(job, record)
+            yield _progress(record, job.plan.steps, began, first)
+            if loop.save_every and job.step % loop.save_every == 0 and job.step < job.plan.steps:
+                _checkpoint(job)
+            if sample.every and job.step % sample.every == 0:
+                yield from preview(job, job.step)
+            if stop.requested:
+                break
+    _checkpoint(job)
+    yield from _finish(job)
+
+
+def _steps(job: Run) -> Iterator[StepRecord]:
+    config = job.config
+    options = LoopOptions(
+        steps=job.plan.steps,
+        accumulation=config.loop.gradient_accumulation,
+        schedule=config.optimizer.schedule,
+        warmup_steps=config.optimizer.warmup_steps,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        seed=config.seed,
+    )
+    batches = job.data.batches(job.accelerator.process_index, job.accelerator.num_processes)
+    return fit(job.module, job.optimizer, batches, job.accelerator, options, job.step)
+
+
+def _load_base(config: TrainConfig, accelerator: Accelerator) -> Family:
+    device = accelerator.device
+    dtype = DTYPES[pick_precision(config.loop.mixed_precision, device)]
+    family = load_family(config.base or None, dtype, device)
+    if config.loop.gradient_checkpointing:
+        family.components["denoiser"].enable_gradient_checkpointing()  # type: ignore[operator]
+    return family
+
+
+def _accelerator(config: TrainConfig, folder: RunFolder) -> Accelerator:
+    device = pick_device(config.device)
+    precision = pick_precision(config.loop.mixed_precision, device)
+    trackers = "tensorboard" if config.loop.tensorboard else None
+    if trackers:
+        _require_tensorboard()
+    accelerator = Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision,
+        gradient_accumulation_steps=config.loop.gradient_accumulation,
+        cpu=device.type == "cpu",
+        log_with=trackers,
+        project_dir=folder.root,
+    )
+    if trackers:
+        accelerator.init_trackers("tensorboard")
+    return accelerator
+
+
+def _require_tensorboard() -> None:
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        raise missing_extra("tensorboard", "tensorboard", "loop.tensorboard") from None
+
+
+def _inject(config: TrainConfig, family: Family) -> dict[str, AdapterSet]:
+    """Put fresh adapters on the denoiser and, when asked for, on every text encoder; freeze all the rest."""
+    adapter = config.adapter
+    default = Target("", adapter.rank, adapter.alpha, adapter.algorithm)
+    targets = [
+        Target(
+            item.pattern,
+            adapter.rank if item.rank is None else item.rank,
+            adapter.alpha if item.alpha is None else item.alpha,
+            item.algorithm or adapter.algorithm,
+        )
+        for item in adapter.targets
+    ]
+    options = FreshOptions(
+        tucker=adapter.tucker,
+        init=adapter.init,
+        rule="alpha/sqrt(r)" if adapter.rank_stabilized else "alpha/r",
+        dropout=Dropout(adapter.dropout, adapter.rank_dropout, adapter.module_dropout),
+        seed=config.seed,
+    )
+    chosen = {"denoiser": select(family.components["denoiser"], targets, adapter.preset, default)}
+    for component, module in family.components.items():
+        if adapter.text_encoders and component != "denoiser":
+            chosen[component] = select(module, [], "attention-ff", default)
+    return {name: inject_fresh(family.components[name], FRESH, layers, options) for name, layers in chosen.items()}
+
+
+def _assemble(
+    plan: Plan,
+    folder: RunFolder,
+    family: Family,
+    data: Prepared,
+    adapters: dict[str, AdapterSet],
+    accelerator: Accelerator,
+    about: Trained,
+) -> Run:
+    config = plan.config
+    groups = [
+        ParameterGroup(parameters.parameters(), plan.learning_rate if name == "denoiser" else plan.text_learning_rate)
+        for name, parameters in adapters.items()
+    ]
+    module = DenoisingLoss(family, adapters, LossOptions(config.loop.min_snr_gamma, config.loop.noise_offset))
+    optimizer = make_optimizer(config.optimizer.name, groups, config.optimizer.weight_decay)
+    module, optimizer = accelerator.prepare(module, optimizer)
+    return Run(plan, folder, family, data, adapters, accelerator, module, optimizer, about)
+
+
+def _restore(job: Run, state: Mapping[str, Any]) -> None:
+    if state["data"] != job.data.hash:
+        raise ConfigError("the images or captions are not those that the checkpoint was trained on; use another output")
+    job.accelerator.unwrap_model(job.module).load_state_dict(state["adapters"])
+    job.optimizer.load_state_dict(state["optimizer"])
+    job.data.sampler.restore(state["sampler"])
+    job.step = int(state["step"])
+    cut_log(job.folder.log, job.step)
+
+
+def _checkpoint(job: Run) -> None:
+    if not job.accelerator.is_main_process:
+        return
+    state = {
+        "step": job.step,
+        "settings": settings_of(job.config),
+        "data": job.data.hash,
+        "sampler": job.data.sampler.state(),
+        "adapters": job.accelerator.unwrap_model(job.module).state_dict(),
+        "optimizer": job.optimizer.state_dict(),
+    }
+    save_checkpoint(job.folder.checkpoints, job.step, state, job.config.loop.keep_checkpoints)
+
+
+def _finish(job: Run) -> Generator[Record, None, None]:
+    """Save the adapter and take it off the base."""
+    config, finished = job.config, job.step >= job.plan.steps
+    path = job.folder.adapter(config.format, None if finished else job.step)
+    if job.accelerator.is_main_process:
+        formats.save(adapter_file(job.adapters, job.plan, job.about, job.folder.name, job.step), path, config.format)
+    for component in job.adapters:
+        eject(job.family.components[component], FRESH)
+    text = f"adapter: {path}"
+    if not finished:
+        text = f"stopped at step {job.step} of {job.plan.steps}; go on with --resume\n{text}"
+    yield Done(TrainedAdapter(path, job.step, finished), text, 0 if finished else 130)
+
+
+def _log(job: Run, record: StepRecord) -> None:
+    if job.accelerator.is_main_process:
+        with open(job.folder.log, "a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(record)) + "\n")
+    values = {"loss": record.loss, "learning_rate": record.learning_rate, "grad_norm": record.grad_norm}
+    job.accelerator.log(values, step=record.step)
+
+
+def _progress(record: StepRecord, steps: int, began: float, first: int) -> Progress:
+    rate = (record.step - first) / (time.perf_counter() - began)
+    fields = {"loss": f"{record.loss:.4f}", "lr": f"{record.learning_rate:.2e}", "steps/s": f"{rate:.2f}"}
+    return Progress("training", record.step, steps, dict(fields))
