@@ -25,7 +25,7 @@ def name_of(path: Path) -> str:
 
 
 def depth(node: ast.AST) -> int:
-    """Count the blocks inside each other; a function inside counts from zero again, `elif` is no deeper than its `if`."""
+    """Count the blocks inside each other; inner functions count for themselves, `elif` is no deeper than its `if`."""
     deepest = 0
     for child in ast.iter_child_nodes(node):
         if isinstance(child, FUNCTIONS):

@@ -26,13 +26,11 @@ from vislora.errors import ConfigError, listed, nearest
 S = TypeVar("S", bound=Section)
 
 SHORT = "A flag can be shortened to its last part when only one ends so: --rank for --adapter.rank."
-CONFIG = StructFieldSpec(
-    name="config",
-    type=Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")],  # type: ignore[arg-type]
-    default=None,
-    helptext="TOML file of settings, under the names of these flags: `[adapter] rank = 8` is --adapter.rank 8. "
-    "Flags win over it. Relative paths start at the working directory, in the file too.",
+CONFIG = (
+    "TOML file of settings, under the names of these flags{example}. Flags win over it. "
+    "Relative paths start at the working directory, in the file too."
 )
+EXAMPLE = ": `[adapter] rank = 8` is --adapter.rank 8"
 
 
 def parse(cls: type[S], arguments: Sequence[str], prog: str) -> S:
@@ -44,13 +42,21 @@ def parse(cls: type[S], arguments: Sequence[str], prog: str) -> S:
     arguments = spelled_out(cls, arguments)
     path = _config_file(arguments)
     values = toml.read(path, cls) if path else {}
+    has_sections = any("." in name for name in _options(cls))
+    extra = (_config_flag(EXAMPLE if has_sections else ""),)
     registry = ConstructorRegistry()
-    registry.struct_rule(lambda info: _struct(info, (CONFIG,) if info.type is cls else ()))
+    registry.struct_rule(lambda info: _struct(info, extra if info.type is cls else ()))
     # A repeatable flag would add to the file's list: a setting that a flag names forgets what the file says.
     defaults = _defaults(cls, _without(values, _named(cls, arguments)))
-    has_sections = any("." in name for name in _options(cls))
-    about = f"{cls.__doc__}\n\n{SHORT}" if has_sections else cls.__doc__
-    settings: Any = tyro.cli(cls, prog=prog, description=about, args=arguments, default=defaults, registry=registry)
+    settings: Any = tyro.cli(
+        cls,
+        prog=prog,
+        description=f"{cls.__doc__}\n\n{SHORT}" if has_sections else cls.__doc__,
+        args=arguments,
+        default=defaults,
+        config=(tyro.conf.PositionalMetavarFromFieldName,),
+        registry=registry,
+    )
     settings.pop("config")
     return cls.of(settings, where=f"{path} and flags" if path else "settings")
 
@@ -100,6 +106,11 @@ def _options(cls: type[Section]) -> dict[str, str]:
             head, dot, last = option[2:].rpartition(".")
             options[f"--{head}{dot}no-{last}"] = name
     return options
+
+
+def _config_flag(example: str) -> StructFieldSpec:
+    kind: Any = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
+    return StructFieldSpec(name="config", type=kind, default=None, helptext=CONFIG.format(example=example))
 
 
 def _config_file(arguments: Sequence[str]) -> str | None:
