@@ -91,9 +91,7 @@ def page(adapter: Path, sheet: Image.Image, table: list[tuple[str, ...]], minute
     parts = [
         Part("Base, two styles, and both at once", "None of these subjects was in a training folder.", sheet),
         Part("Training loss", f"Mean over 20 steps, {len(losses)} steps.", curve=polyline(losses)),
-        Part(
-            "One adapter, three formats", "Each file was loaded back and compared, module by module.", table=table
-        ),
+        Part("One adapter, three formats", "Each file was loaded back and compared, module by module.", table=table),
         Part("What is in the file", code=str(vislora.inspect(adapter))),
         Part("The same by hand", code=COMMANDS),
     ]

@@ -62,8 +62,14 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
         yield Note(line)
     cache = Cache(data.cache or folder.root / "cache")
     image_print = weights_fingerprint(family.pipeline.vae, dict(family.pipeline.vae.config))
-    look = {"crop": data.crop, "flip": data.flip, "background": data.background_rgb}
-    wanted = views(found.examples, buckets, fingerprint=image_print, **look)
+    wanted = views(
+        found.examples,
+        buckets,
+        fingerprint=image_print,
+        crop=data.crop,
+        flip=data.flip,
+        background=data.background_rgb,
+    )
     with vae_as(family, torch.float32):
         yield from cache_latents(cache, wanted, family.encode_image, batch_size=8)
     keys = None
