@@ -80,7 +80,7 @@ def run(config: TrainConfig) -> Iterator[Record]:
     accelerator = _accelerator(config, folder)
     try:
         family = _load_base(config, accelerator)
-        plan = make_plan(config, family.traits)
+        plan = make_plan(config, family.traits, accelerator.mixed_precision)
         settle(plan.config, folder, state)
         data = yield from prepare_data(plan, family, folder)
         about = Trained(
