@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from vislora.files import replacing
-from vislora.models.sampling import Sampling, Shot, make_images
+from vislora.models.sampling import Sampling, Shot, make_images, picture_step
 from vislora.records import Note
 from vislora.reports.sheet import contact_sheet
 
@@ -23,7 +23,8 @@ def preview(job: Run, step: int) -> Iterator[Note]:
     sample, traits = job.config.sample, job.family.traits
     prompts = sample.prompts or tuple(example.caption for example in job.data.examples[:4])
     shots = [Shot(prompt, sample.negative_prompt, sample.seed + number) for number, prompt in enumerate(prompts)]
-    side = job.plan.resolution
+    step_px = picture_step(job.family)
+    side = max(step_px, job.plan.resolution // step_px * step_px)
     how = Sampling(traits.steps, traits.guidance_scale, side, side)
     job.module.eval()
     images: list[Image.Image] = []
