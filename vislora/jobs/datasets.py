@@ -14,7 +14,7 @@ from vislora.data.cache import Cache, weights_fingerprint
 from vislora.data.dataset import TrainingSet
 from vislora.data.encode import cache_latents, cache_texts, views
 from vislora.data.sampler import Sampler
-from vislora.data.scan import Example, dataset_hash, scan
+from vislora.data.scan import Example, scan
 from vislora.jobs.plan import Plan
 from vislora.jobs.run_folder import RunFolder
 from vislora.models.base import Family
@@ -24,23 +24,19 @@ from vislora.records import Note, Record
 
 @dataclass(frozen=True)
 class Prepared:
-    """Examples with everything cached. `hash`: of all contents and captions."""
+    """Examples with everything cached."""
 
     examples: list[Example]
     buckets: Mapping[Bucket, list[int]]
     dataset: TrainingSet
     sampler: Sampler
 
-    @property
-    def hash(self) -> str:
-        """Return the hash of contents and captions."""
-        return dataset_hash(self.examples)
-
     def batches(self, process: int, processes: int) -> Iterator[dict[str, Any]]:
-        """Yield this process' share of the batches, for ever; the sampler moves alike in every process."""
+        """Yield this process' share of the batches, for ever."""
         while True:
-            group = [self.sampler.next() for _ in range(processes)]
-            yield self.dataset.batch(group[process])
+            # every process counts the batches of all, so that any one's sampler says where the run stands
+            turn = [self.sampler.next() for _ in range(processes)]
+            yield self.dataset.batch(turn[process])
 
 
 def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Record, None, Prepared]:

@@ -11,7 +11,7 @@ from torch import nn
 from vislora.files import replacing
 from vislora.jobs.plan import Plan
 from vislora.models.base import Family
-from vislora.models.sampling import Sampling, Shot, make_images
+from vislora.models.sampling import Sampling, Shot, make_images, picture_step
 from vislora.reports.sheet import contact_sheet
 
 
@@ -20,7 +20,9 @@ def preview(family: Family, adapters: nn.Module, plan: Plan, captions: Sequence[
     sample, traits = plan.config.sample, family.traits
     prompts = sample.prompts or captions
     shots = [Shot(prompt, sample.negative_prompt, sample.seed + number) for number, prompt in enumerate(prompts)]
-    how = Sampling(traits.steps, traits.guidance_scale, plan.resolution, plan.resolution)
+    step_px = picture_step(family)
+    side = max(step_px, plan.resolution // step_px * step_px)
+    how = Sampling(traits.steps, traits.guidance_scale, side, side)
     adapters.eval()
     images: list[Image.Image] = [image for batch in make_images(family, shots, how) for image in batch]
     adapters.train()

@@ -92,5 +92,5 @@ def _require_finite(loss: float, step: int) -> None:
     if not math.isfinite(loss):
         raise VisloraError(
             f"the loss is {loss} at step {step}: lower optimizer.learning_rate, or set loop.mixed_precision to no or "
-            "bf16; the last checkpoint is intact, --resume goes on from it"
+            "bf16, and start anew with --overwrite; the checkpoints written before are intact"
         )
