@@ -77,7 +77,7 @@ def test_tucker_cores_stay_in_kohya_files_and_are_refused_elsewhere(tmp_path):
     adapter = AdapterFile(modules=[item], family="sd")
     formats.save(adapter, tmp_path / "a.safetensors", "kohya")
     assert compare(adapter, formats.load(tmp_path / "a.safetensors")).exact
-    with pytest.raises(AdapterFileError, match="diffusers files have no slot for mid"):
+    with pytest.raises(AdapterFileError, match="1 modules with mid, for which diffusers files have no slot"):
         formats.save(adapter, tmp_path / "b.safetensors", "diffusers")
     assert not (tmp_path / "b.safetensors").exists()
 
@@ -88,7 +88,7 @@ def test_embedding_layers(name, tmp_path):
     adapter = AdapterFile(modules=[module(path, "te:clip_l", shape=(11, 6), kind="embedding")], family="sd")
     formats.save(adapter, tmp_path / PLACES[name], name)
     assert compare(adapter, formats.load(tmp_path / PLACES[name])).exact
-    with pytest.raises(AdapterFileError, match="kohya files have no slot for embedding_down and embedding_up"):
+    with pytest.raises(AdapterFileError, match="embedding_down and embedding_up, for which kohya files have no slot"):
         formats.save(adapter, tmp_path / "k.safetensors", "kohya")
 
 
@@ -226,5 +226,5 @@ def test_two_namespaces_in_one_file(tmp_path):
     assert {item.component for item in read.modules} == {"denoiser", "te:clip_l"}
     assert list(read.extras) == ["_aux.junk"]
     assert list(read.embeddings["my.style"]) == ["string_to_param.*"]
-    with pytest.raises(AdapterFileError, match="embeddings have no place"):
+    with pytest.raises(AdapterFileError, match="1 embeddings, which have no place"):
         formats.save(read, tmp_path / "c.safetensors", "kohya")
