@@ -228,3 +228,21 @@ def test_two_namespaces_in_one_file(tmp_path):
     assert list(read.embeddings["my.style"]) == ["string_to_param.*"]
     with pytest.raises(AdapterFileError, match="1 embeddings, which have no place"):
         formats.save(read, tmp_path / "c.safetensors", "kohya")
+
+
+def test_an_alpha_beyond_float32_is_refused_by_kohya_and_kept_by_json(tmp_path):
+    adapter = AdapterFile(modules=[module("conv_in", alpha=1e39)], family="sd")
+    with pytest.raises(AdapterFileError, match="float32 cannot hold"):
+        formats.save(adapter, tmp_path / "a.safetensors", "kohya")
+    assert list(tmp_path.iterdir()) == []
+    formats.save(adapter, tmp_path / "a.safetensors", "diffusers")
+    assert formats.load(tmp_path / "a.safetensors").modules[0].alpha == 1e39
+
+
+def test_sdxl_files_name_what_is_missing_in_one_line(tmp_path):
+    materialise("kohya_sdxl_lora_c3lier.json", tmp_path / "a.safetensors")
+    read = formats.load(tmp_path / "a.safetensors")
+    assert len(read.notes) == 1
+    assert "788 modules are layers of no known family, they look like those of SDXL" in read.notes[0]
+    with pytest.raises(AdapterFileError, match="788 modules whose names no model family has"):
+        formats.save(read, tmp_path / "b.safetensors", "diffusers")

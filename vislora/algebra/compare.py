@@ -97,13 +97,28 @@ def _acts(module: AdapterModule) -> bool:
     return module.magnitude is not None or bool(module.direction().any())
 
 
+def _magnitudes(first: AdapterModule, second: AdapterModule) -> list[tuple[Tensor, Tensor]]:
+    if first.magnitude is None or second.magnitude is None:
+        return []
+    return [(first.magnitude.flatten(), second.magnitude.flatten())]
+
+
+def _equal_parts(first: AdapterModule, second: AdapterModule) -> bool:
+    """Say whether both have the same numbers and scale: then so have the deltas, and large ones need not be built."""
+    if (first.algo, first.scale) != (second.algo, second.scale) or first.tensors.keys() != second.tensors.keys():
+        return False
+    pairs = [(tensor, second.tensors[slot]) for slot, tensor in first.tensors.items()]
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs + _magnitudes(first, second))
+
+
 def _difference(first: AdapterModule, second: AdapterModule) -> Difference:
     name = first.name
     if (first.magnitude is None) != (second.magnitude is None) or first.magnitude_axis != second.magnitude_axis:
         return Difference(name, float("inf"), float("inf"), "one has a magnitude (DoRA), the other not the same")
+    if _equal_parts(first, second):
+        return Difference(name, 0.0, 0.0)
     pairs = [(first.direction(), second.direction())]
-    if first.magnitude is not None and second.magnitude is not None:
-        pairs.append((first.magnitude.to(torch.float64).flatten(), second.magnitude.to(torch.float64).flatten()))
+    pairs += [(one.to(torch.float64), two.to(torch.float64)) for one, two in _magnitudes(first, second)]
     for a, b in pairs:
         if a.shape != b.shape:
             return Difference(name, float("inf"), float("inf"), f"shape {list(a.shape)} became {list(b.shape)}")

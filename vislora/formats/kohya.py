@@ -53,7 +53,6 @@ def parse(part: Part, keys: list[str]) -> list[ParsedModule]:
         if found is None:
             prefix = flat_prefix(raw_name) or ""
             module.component = COMPONENTS.get(prefix, f"unknown:{prefix.rstrip('_')}")
-            module.notes.append(f"'{raw_name}' is no layer of a known family")
             modules.append(module)
             continue
         names, module.component, leads = found

@@ -28,7 +28,7 @@ STALE_WHEN_REWRITTEN = ("modelspec.hash_sha256",)
 
 @dataclass(frozen=True)
 class Loss:
-    """Something that a format cannot hold. `reason`: why, with `{}` for how many; `names`: of the modules or tensors."""
+    """Something that a format cannot hold. `reason`: why, with `{}` for how many; `names`: of modules or tensors."""
 
     reason: str
     names: tuple[str, ...]
@@ -174,11 +174,14 @@ def _write_folder(packed: Packed, folder: Path) -> None:
 
 def _plain(entries: dict[str, Tensor | float]) -> dict[str, Tensor]:
     """Return what safetensors takes: on the CPU, contiguous, no memory shared; a float becomes a float32 scalar."""
-    tensors = {
-        key: torch.tensor(value, dtype=torch.float32)
-        if isinstance(value, float | int)
-        else value.detach().cpu().contiguous()
-        for key, value in entries.items()
-    }
+    tensors = {key: _tensor(key, value) for key, value in entries.items()}
     shared = same_storage(tensors)
     return {key: tensor.clone() if key in shared else tensor for key, tensor in tensors.items()}
+
+
+def _tensor(key: str, value: Tensor | float) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().cpu().contiguous()
+    if not abs(value) <= torch.finfo(torch.float32).max:
+        raise AdapterFileError(f"'{key}' is {value}, which float32 cannot hold")
+    return torch.tensor(value, dtype=torch.float32)
