@@ -32,7 +32,7 @@ def seeded(build: Callable[[], Any], seed: int) -> Any:
 
 
 def clip_tokenizer() -> Any:
-    """Return a byte-pair tokenizer of single characters and a few whole words (transformers 5 takes vocab and merges)."""
+    """Return a byte-pair tokenizer of single characters and a few whole words."""
     from transformers import CLIPTokenizer
 
     letters = [*string.ascii_lowercase, *string.digits, *string.punctuation]
@@ -294,7 +294,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {"sd": sd_pipeline, "sd3": sd3_pipelin
 
 @cache
 def saved(family: str) -> Path:
-    """Return a folder with the pipeline of `family` (a key of `PIPELINES`), written once per process. Do not write to it."""
+    """Return a folder with the pipeline of `family` (a key of `PIPELINES`), written once per process: read it only."""
     folder = Path(tempfile.mkdtemp(prefix=f"tiny-{family}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     PIPELINES[family]().save_pretrained(folder)

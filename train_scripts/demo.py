@@ -48,7 +48,7 @@ def main() -> int:
 def train() -> Path:
     """Train the style on the sample folder, as `vislora train --config samples/ink.toml --output demo/ink` does."""
     print(f"1/3 train: {STYLE}, from the pictures in samples/{STYLE}", flush=True)
-    config = load_toml(TrainConfig, ROOT / "samples" / f"{STYLE}.toml")
+    config = load_toml(ROOT / "samples" / f"{STYLE}.toml", TrainConfig)
     places = {"output": OUT / STYLE, "data": config.data.model_copy(update={"folder": ROOT / "samples" / STYLE})}
     console.show(run_train(config.model_copy(update=places)))
     return OUT / STYLE / f"{STYLE}.safetensors"
@@ -60,7 +60,7 @@ def generate(adapter: Path) -> Image.Image:
     second = ROOT / "samples" / "adapters" / f"{SECOND}.safetensors"
     rows: list[list[Image.Image]] = [[] for _ in SUBJECTS]
     for strengths in COLUMNS.values():
-        style = " ".join(strengths) or STYLE
+        style = SECOND if list(strengths) == [SECOND] else STYLE
         paths = {STYLE: adapter, SECOND: second}
         pictures = vislora.generate(
             prompt=tuple(f"a {subject}, {style} style" for subject in SUBJECTS),
@@ -91,9 +91,7 @@ def page(adapter: Path, sheet: Image.Image, table: list[tuple[str, ...]], minute
     parts = [
         Part("Base, two styles, and both at once", "None of these subjects was in a training folder.", sheet),
         Part("Training loss", f"Mean over 20 steps, {len(losses)} steps.", curve=polyline(losses)),
-        Part(
-            "One adapter, three file formats", "Each file was loaded back and compared, module by module.", table=table
-        ),
+        Part("One adapter, three formats", "Each file was loaded back and compared, module by module.", table=table),
         Part("What is in the file", code=str(vislora.inspect(adapter))),
         Part("The same by hand", code=COMMANDS),
     ]
@@ -102,7 +100,8 @@ def page(adapter: Path, sheet: Image.Image, table: list[tuple[str, ...]], minute
 
 
 COMMANDS = """vislora train --config samples/ink.toml --output runs/ink
-vislora generate --prompt "a fox, ink style" --adapter runs/ink/ink.safetensors --adapter samples/adapters/outline.safetensors:0.5 --sheet
+vislora generate --prompt "a fox, ink outline style" --sheet \\
+    --adapter runs/ink/ink.safetensors:0.6 --adapter samples/adapters/outline.safetensors:0.6
 vislora convert runs/ink/ink.safetensors ink-diffusers.safetensors --to diffusers
 vislora inspect runs/ink/ink.safetensors"""
 

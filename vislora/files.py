@@ -13,6 +13,9 @@ from pathlib import Path
 
 from vislora.errors import VisloraError
 
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -56,6 +59,7 @@ def sha256(path: str | Path) -> str:
 def _sync(path: Path) -> None:
     files = [item for item in path.rglob("*") if item.is_file()] if path.is_dir() else [path]
     for file in files:
+        file.chmod(0o666 & ~_UMASK)  # writers that use a private temporary file leave it readable by its owner alone
         descriptor = os.open(file, os.O_RDONLY)
         try:
             os.fsync(descriptor)

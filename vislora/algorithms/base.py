@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 Slots = Mapping[str, Tensor]
 Rule = Literal["alpha/r", "alpha/sqrt(r)", "none", "constraint", "ignored"]
+Init = Literal["kaiming", "gaussian"]
 Kind = Literal["linear", "conv", "embedding"]
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+KINDS: frozenset[Kind] = frozenset({"linear", "conv", "embedding"})
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,15 @@ class LayerSpec:
 
     @staticmethod
     def of(layer: nn.Module) -> LayerSpec | None:
-        """Describe `layer`, or return None when no algorithm can be put on its class."""
+        """Describe `layer`, or return None when no algorithm can be put on its class.
+
+        An embedding with `max_norm` rescales its own weight while it runs, so no change of it means one thing.
+        """
         if isinstance(layer, nn.Linear):
             return LayerSpec("linear", (layer.out_features, layer.in_features))
-        if isinstance(layer, nn.Embedding):
+        if isinstance(layer, nn.Embedding) and layer.max_norm is None:
             return LayerSpec("embedding", (layer.num_embeddings, layer.embedding_dim))
-        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        if isinstance(layer, Conv):
             shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
             return LayerSpec("conv", shape, layer.groups)
         return None
@@ -46,7 +52,7 @@ class InitOptions:
 
     rank: int
     tucker: bool = False
-    init: Literal["kaiming", "gaussian"] = "kaiming"
+    init: Init = "kaiming"
     generator: torch.Generator | None = None
 
 
@@ -56,6 +62,7 @@ class Algorithm:
 
     slots: every slot name that the algorithm may have. matches(names): are these slots (alpha left out) its own?
     init(spec, options): fresh slots, zero effect. rank(slots), shape(slots): the rank, the shape of the delta.
+    kinds(slots): the kinds of layers that these slots can be put on.
     delta(slots, scale, base): the change of the base weight, of the base weight's shape, in the slots' dtype.
     forward(x, base_out, slots, scale, layer, rank_dropout): `base_out` plus the change, without building the delta.
     """
@@ -68,6 +75,7 @@ class Algorithm:
     shape: Callable[[Slots], tuple[int, ...]]
     delta: Callable[[Slots, float, Tensor | None], Tensor]
     forward: Callable[[Tensor, Tensor, Slots, float, nn.Module, float], Tensor]
+    kinds: Callable[[Slots], frozenset[Kind]] = lambda _: KINDS
 
 
 def scale_of(alpha: float | None, rank: int, rule: Rule = "alpha/r") -> float:
@@ -86,8 +94,7 @@ def apply_weight(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | Non
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight, bias)
     if isinstance(layer, nn.Embedding):
-        options = (layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq, layer.sparse)
-        return F.embedding(x, weight, *options)
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return F.embedding(x, weight, layer.padding_idx)
+    if isinstance(layer, Conv):
         return layer._conv_forward(x, weight, bias)
     raise TypeError(f"no adapters on {type(layer).__name__}")

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vislora.algorithms.base import Algorithm, InitOptions, LayerSpec, Slots
+from vislora.algorithms.base import Algorithm, Conv, InitOptions, Kind, LayerSpec, Slots
+from vislora.errors import AdapterFileError
 
-CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 PLAIN = frozenset({"down", "up"})
 TUCKER = frozenset({"down", "up", "mid"})
 EMBEDDING = frozenset({"embedding_down", "embedding_up"})
@@ -51,11 +52,17 @@ def rank(slots: Slots) -> int:
 
 
 def shape(slots: Slots) -> tuple[int, ...]:
-    """Return the shape of the delta."""
+    """Return the shape of the delta. Raises `AdapterFileError` when the slots are not of one rank."""
+    _require_one_rank(slots)
     if "embedding_down" in slots:
         return slots["embedding_down"].shape[1], slots["embedding_up"].shape[0]
     kernel = slots["mid" if "mid" in slots else "down"].shape[2:]
     return slots["up"].shape[0], slots["down"].shape[1], *kernel
+
+
+def kinds(slots: Slots) -> frozenset[Kind]:
+    """Return the kinds of layers that these slots can be put on."""
+    return frozenset({"embedding"}) if "embedding_down" in slots else frozenset({"linear", "conv"})
 
 
 def delta(slots: Slots, scale: float, base: Tensor | None = None) -> Tensor:
@@ -66,7 +73,7 @@ def delta(slots: Slots, scale: float, base: Tensor | None = None) -> Tensor:
     if "mid" in slots:
         # LyCORIS' order of the core: mid[m, n] joins up's column m with down's row n
         return scale * torch.einsum("mn...,om,ni->oi...", slots["mid"], up, down.flatten(1))
-    return scale * (up @ down.flatten(1)).view(up.shape[0], *down.shape[1:])
+    return scale * (up @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
 
 
 def forward(
@@ -78,27 +85,39 @@ def forward(
         return torch.add(base_out, F.linear(hidden, slots["embedding_up"]), alpha=scale)
     if isinstance(layer, nn.Linear):
         return _linear(x, base_out, slots, scale, rank_dropout)
-    hidden = _dropped(_conv_down(x, slots, layer), rank_dropout, 1)
-    conv = CONV[slots["up"].dim()]
-    return torch.add(base_out, conv(hidden, slots["up"], groups=int(layer.groups)), alpha=scale)  # type: ignore[arg-type]
+    if isinstance(layer, Conv):
+        return _conv(x, base_out, slots, scale, layer, rank_dropout)
+    raise TypeError(f"no LoRA on {type(layer).__name__}")
 
 
 def _linear(x: Tensor, base_out: Tensor, slots: Slots, scale: float, rank_dropout: float) -> Tensor:
     hidden = _dropped(F.linear(x, slots["down"].flatten(1)), rank_dropout, -1)
     rows = base_out.reshape(-1, base_out.shape[-1])
     added = torch.addmm(rows, hidden.reshape(-1, hidden.shape[-1]), slots["up"].flatten(1).T, alpha=scale)
-    return added.view(base_out.shape)
+    return added.reshape(base_out.shape)
 
 
-def _conv_down(x: Tensor, slots: Slots, layer: nn.Module) -> Tensor:
-    """Apply A with the base layer's own stride, padding and dilation: (batch, in, ...) -> (batch, r * groups, ...)."""
-    down, groups = slots["down"], int(layer.groups)  # type: ignore[arg-type]
+def _conv(x: Tensor, base_out: Tensor, slots: Slots, scale: float, layer: Conv, rank_dropout: float) -> Tensor:
+    """Apply A with the base layer's own stride, padding and dilation, then B; the hidden channels are r * groups."""
+    axes, groups = len(layer.kernel_size), layer.groups
+    conv = CONV[axes]
+    core, up = _as_conv(slots["down"], axes), _as_conv(slots["up"], axes)
     if "mid" in slots:
-        hidden = CONV[down.dim()](x, down)
-        return layer._conv_forward(hidden, slots["mid"], None)  # type: ignore[operator]
-    # every group sees the same A, so that the sum equals a conv with the delta
-    weight = down.repeat(groups, *[1] * (down.dim() - 1)) if groups > 1 else down
-    return layer._conv_forward(x, weight, None)  # type: ignore[operator]
+        x = conv(x, _repeated(core, groups), groups=groups)
+        core = slots["mid"]
+    hidden = layer._conv_forward(x, _repeated(core, groups), None)
+    hidden = _dropped(hidden, rank_dropout, -1 - axes)
+    return torch.add(base_out, conv(hidden, up, groups=groups), alpha=scale)
+
+
+def _as_conv(slot: Tensor, axes: int) -> Tensor:
+    """Give a linear slot (rows, columns) the kernel of a 1 x 1 conv: files store such layers either way."""
+    return slot.reshape(*slot.shape, *[1] * axes) if slot.dim() == 2 else slot
+
+
+def _repeated(weight: Tensor, groups: int) -> Tensor:
+    """Let every group see the same A, so that the sum equals a conv with the delta."""
+    return weight.repeat(groups, *[1] * (weight.dim() - 1)) if groups > 1 else weight
 
 
 def _dropped(hidden: Tensor, p: float, axis: int) -> Tensor:
@@ -109,6 +128,16 @@ def _dropped(hidden: Tensor, p: float, axis: int) -> Tensor:
     mask_shape[0], mask_shape[axis] = hidden.shape[0], hidden.shape[axis]
     keep = torch.rand(mask_shape, device=hidden.device) >= p
     return hidden * keep.to(hidden.dtype) / (1.0 - p)
+
+
+def _require_one_rank(slots: Slots) -> None:
+    if "embedding_down" in slots:
+        ranks = {slots["embedding_down"].shape[0], slots["embedding_up"].shape[1]}
+    else:
+        ranks = {slots["down"].shape[0], slots["up"].shape[1], *(slots["mid"].shape[:2] if "mid" in slots else ())}
+    if len(ranks) > 1:
+        shapes = ", ".join(f"{name} {tuple(slot.shape)}" for name, slot in slots.items())
+        raise AdapterFileError(f"the slots are not of one rank: {shapes}; the file is damaged or of another algorithm")
 
 
 def _drawn(size: tuple[int, ...], options: InitOptions) -> Tensor:
@@ -125,6 +154,7 @@ LORA = Algorithm(
     init=init,
     rank=rank,
     shape=shape,
+    kinds=kinds,
     delta=delta,
     forward=forward,
 )

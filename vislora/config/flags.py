@@ -26,13 +26,11 @@ from vislora.errors import ConfigError, listed, nearest
 S = TypeVar("S", bound=Section)
 
 SHORT = "A flag can be shortened to its last part when only one ends so: --rank for --adapter.rank."
-CONFIG = StructFieldSpec(
-    name="config",
-    type=Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")],  # type: ignore[arg-type]
-    default=None,
-    helptext="TOML file of settings, under the names of these flags: `[adapter] rank = 8` is --adapter.rank 8. "
-    "Flags win over it. Relative paths start at the working directory, in the file too.",
+CONFIG = (
+    "TOML file of settings, under the names of these flags{example}. Flags win over it. "
+    "Relative paths start at the working directory, in the file too."
 )
+EXAMPLE = ": `[adapter] rank = 8` is --adapter.rank 8"
 
 
 def parse(cls: type[S], arguments: Sequence[str], prog: str) -> S:
@@ -44,13 +42,21 @@ def parse(cls: type[S], arguments: Sequence[str], prog: str) -> S:
     arguments = spelled_out(cls, arguments)
     path = _config_file(arguments)
     values = toml.read(path, cls) if path else {}
+    has_sections = any("." in name for name in _options(cls))
+    extra = (_config_flag(EXAMPLE if has_sections else ""),)
     registry = ConstructorRegistry()
-    registry.struct_rule(lambda info: _struct(info, (CONFIG,) if info.type is cls else ()))
+    registry.struct_rule(lambda info: _struct(info, extra if info.type is cls else ()))
     # A repeatable flag would add to the file's list: a setting that a flag names forgets what the file says.
     defaults = _defaults(cls, _without(values, _named(cls, arguments)))
-    has_sections = any("." in name for name in _options(cls))
-    about = f"{cls.__doc__}\n\n{SHORT}" if has_sections else cls.__doc__
-    settings: Any = tyro.cli(cls, prog=prog, description=about, args=arguments, default=defaults, registry=registry)
+    settings: Any = tyro.cli(
+        cls,
+        prog=prog,
+        description=f"{cls.__doc__}\n\n{SHORT}" if has_sections else cls.__doc__,
+        args=arguments,
+        default=defaults,
+        config=(tyro.conf.PositionalMetavarFromFieldName,),
+        registry=registry,
+    )
     settings.pop("config")
     return cls.of(settings, where=f"{path} and flags" if path else "settings")
 
@@ -102,6 +108,11 @@ def _options(cls: type[Section]) -> dict[str, str]:
     return options
 
 
+def _config_flag(example: str) -> StructFieldSpec:
+    kind: Any = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
+    return StructFieldSpec(name="config", type=kind, default=None, helptext=CONFIG.format(example=example))
+
+
 def _config_file(arguments: Sequence[str]) -> str | None:
     for position, argument in enumerate(arguments):
         if argument == "--config" and position + 1 < len(arguments):
@@ -124,7 +135,7 @@ def _without(values: Mapping[str, Any], names: set[str], prefix: str = "") -> di
     }
 
 
-def _defaults(cls: type[S], values: Mapping[str, Any]) -> S:
+def _defaults(cls: type[Section], values: Mapping[str, Any]) -> Section:
     """Return settings to show as defaults: those of the file, else of the class; tyro's MISSING for required ones."""
     found: dict[str, Any] = {}
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -133,12 +144,15 @@ def _defaults(cls: type[S], values: Mapping[str, Any]) -> S:
         if section is not None:
             found[name] = _defaults(section, values.get(name, {}))
         elif name in values:
-            found[name] = (
-                values[name] if _is_tables(hints[name]) else TypeAdapter(hints[name]).validate_python(values[name])
-            )
+            found[name] = _typed(hints[name], values[name])
         else:
             found[name] = tyro.MISSING if field.is_required() else field.get_default(call_default_factory=True)
     return cls.model_construct(**found)
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    """Return a value of the file as the type that tyro expects; it was checked before."""
+    return tuple(value) if _is_tables(hint) else TypeAdapter(hint).validate_python(value)
 
 
 def _struct(info: StructTypeInfo, extra: Sequence[StructFieldSpec]) -> StructConstructorSpec | None:

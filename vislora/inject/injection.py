@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from vislora.algorithms.base import Algorithm, InitOptions, LayerSpec, Rule, scale_of
-from vislora.errors import AdapterMismatchError, listed
+from vislora.algorithms.base import Algorithm, Init, InitOptions, LayerSpec, Rule, scale_of
+from vislora.errors import AdapterFileError, AdapterMismatchError, listed
 from vislora.inject.layer import Dropout, LayerAdapter, state_of
 from vislora.inject.stack import Stack, drop_if_empty, existing_stack, stack_of
-from vislora.inject.targets import Target
+from vislora.inject.targets import Target, unwrapped
 from vislora.registry import ALGORITHMS
 
 
@@ -58,7 +59,7 @@ class FreshOptions:
     """How fresh layers are made. `seed` fixes the draw of every layer, whatever else the process drew before."""
 
     tucker: bool = False
-    init: str = "kaiming"
+    init: Init = "kaiming"
     rule: Rule = "alpha/r"
     dropout: Dropout = field(default_factory=Dropout)
     seed: int = 0
@@ -67,20 +68,14 @@ class FreshOptions:
 def inject_fresh(model: nn.Module, name: str, chosen: Mapping[str, Target], options: FreshOptions) -> AdapterSet:
     """Freeze `model`, put a fresh zero-effect adapter on the chosen layers and return its trainable parameters."""
     generator = torch.Generator().manual_seed(options.seed)
-    stack = stack_of(model)
-    layers, trained = {}, {}
-    for path, target in chosen.items():
-        spec = LayerSpec.of(stack.layers[path])
-        assert spec is not None
-        rank = target.rank
-        alpha = float(rank if target.alpha is None else target.alpha)
-        algorithm: Algorithm = ALGORITHMS[target.algorithm]
-        draw = InitOptions(rank, options.tucker, options.init, generator)  # type: ignore[arg-type]
-        slots: dict[str, Tensor] = {key: nn.Parameter(slot) for key, slot in algorithm.init(spec, draw).items()}
-        layers[path] = LayerAdapter(algorithm, slots, scale_of(alpha, rank, options.rule), dropout=options.dropout)
-        trained[path] = Trained(target.algorithm, alpha, options.rule)
-    stack.freeze(model)
-    stack.add(name, layers, 1.0)
+    with _changing(model) as stack:
+        layers, trained = {}, {}
+        for path, target in chosen.items():
+            alpha = float(target.rank if target.alpha is None else target.alpha)
+            layers[path] = _fresh(stack.layers[path], target, alpha, options, generator)
+            trained[path] = Trained(target.algorithm, alpha, options.rule)
+        stack.add(name, layers, 1.0)
+        stack.freeze(model, name)
     return AdapterSet(layers, trained)
 
 
@@ -97,46 +92,38 @@ class FileModule:
 def inject_modules(
     model: nn.Module, name: str, modules: list[FileModule], strength: float = 1.0, allow_partial: bool = False
 ) -> list[str]:
-    """Put the modules of a file on `model`; return the paths that did not fit (empty unless `allow_partial`).
+    """Put the modules of a file on `model`; return what did not fit, as "path: reason" (empty unless `allow_partial`).
 
     Slots are cast to the layer's device and, when it is a floating one, dtype. The model is untouched on any error.
     Raises `AdapterMismatchError` when a module has no layer or another shape, or nothing fits.
     """
-    stack = stack_of(model)
-    layers: dict[str, LayerAdapter] = {}
-    misfits: list[str] = []
-    for module in modules:
-        path = resolve(stack, module.path)
-        problem = _misfit(stack.layers.get(path), module)
-        if problem:
-            misfits.append(f"{module.path}: {problem}")
-        else:
-            layers[path] = _layer_adapter(stack.layers[path], module)
-    if misfits and (not allow_partial or not layers):
-        drop_if_empty(model)
-        fit = f"{len(layers)} of {len(modules)} modules of adapter '{name}' fit {type(model).__name__}"
-        raise AdapterMismatchError(listed(f"{fit}; those that do not:", misfits, limit=5))
-    stack.add(name, layers, strength)
+    with _changing(model) as stack:
+        layers, misfits = _fitted(stack, modules)
+        if not layers or (misfits and not allow_partial):
+            fit = f"{len(layers)} of {len(modules)} modules of adapter '{name}' fit {type(unwrapped(model)).__name__}"
+            raise AdapterMismatchError(listed(f"{fit}; those that do not:", misfits, limit=5))
+        stack.add(name, layers, strength)
     return misfits
 
 
 def eject(model: nn.Module, name: str) -> None:
     """Take the adapter `name` out of `model`: classes, module tree and weights are as before, bit for bit."""
-    stack_of(model).remove(name)
-    drop_if_empty(model)
+    with _changing(model) as stack:
+        stack.remove(name)
 
 
 def merge(model: nn.Module) -> None:
     """Compute W0 + the sum of the active deltas of every layer into a second buffer, in float32 with one rounding.
 
-    The base weight is only read. Layers that compute in a way of their own (quantised ones) stay unmerged.
+    The base weight is only read. Layers that compute in a way of their own (quantised ones), or whose weight is kept
+    in so few bits that a delta would drown in its rounding, stay unmerged.
     """
     stack = existing_stack(model)
     for layer in stack.layers.values() if stack else ():
         state = state_of(layer)
-        if state is None or not _plain(state.base_class) or layer.weight.is_meta:
+        if state is None or not _mergeable(layer, state.base_class):
             continue
-        base: Tensor = layer.weight.detach()  # type: ignore[assignment, operator]
+        base: Tensor = layer.weight.detach()  # type: ignore[operator]
         active = state.active()
         if active:
             total = base.to(torch.promote_types(base.dtype, torch.float32))
@@ -156,10 +143,12 @@ def unmerge(model: nn.Module) -> None:
 
 def resolve(stack: Stack, path: str) -> str:
     """Return the model's own path for a file's: CLIP text encoders are with or without the level `text_model`."""
-    if path in stack.layers:
-        return path
     other = path.removeprefix("text_model.") if path.startswith("text_model.") else f"text_model.{path}"
-    return other if other in stack.layers else path
+    for candidate in (path, other):
+        found = stack.aliases.get(candidate, candidate)
+        if found in stack.layers:
+            return found
+    return path
 
 
 def summary(components: Mapping[str, nn.Module], sets: Mapping[str, AdapterSet]) -> list[str]:
@@ -175,18 +164,68 @@ def summary(components: Mapping[str, nn.Module], sets: Mapping[str, AdapterSet])
     return lines
 
 
-def _plain(cls: type[nn.Module]) -> bool:
-    return cls.forward in {base.forward for base in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+@contextmanager
+def _changing(model: nn.Module) -> Iterator[Stack]:
+    """Give the stack of `model`, and leave none behind when it is empty afterwards, errors included."""
+    try:
+        yield stack_of(model)
+    finally:
+        drop_if_empty(model)
+
+
+def _mergeable(layer: nn.Module, base_class: type[nn.Module]) -> bool:
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    plain = base_class.forward in {base.forward for base in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+    return plain and not weight.is_meta and _wide(weight.dtype)
+
+
+def _wide(dtype: torch.dtype) -> bool:
+    """Say whether numbers of this type are worth casting slots, or rounding a merged weight, to."""
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
+def _fresh(
+    layer: nn.Module, target: Target, alpha: float, options: FreshOptions, generator: torch.Generator
+) -> LayerAdapter:
+    algorithm: Algorithm = ALGORITHMS[target.algorithm]
+    spec = LayerSpec.of(layer)
+    assert spec is not None  # the index of the stack holds only such layers
+    drawn = algorithm.init(spec, InitOptions(target.rank, options.tucker, options.init, generator))
+    slots: dict[str, Tensor] = {name: nn.Parameter(slot) for name, slot in drawn.items()}
+    return LayerAdapter(algorithm, slots, scale_of(alpha, target.rank, options.rule), dropout=options.dropout)
+
+
+def _fitted(stack: Stack, modules: list[FileModule]) -> tuple[dict[str, LayerAdapter], list[str]]:
+    layers: dict[str, LayerAdapter] = {}
+    misfits: list[str] = []
+    for module in modules:
+        path = resolve(stack, module.path)
+        taken = f"another module of the file is for the same layer, '{path}'" if path in layers else None
+        problem = taken or _misfit(stack.layers.get(path), module)
+        if problem:
+            misfits.append(f"{module.path}: {problem}")
+        else:
+            layers[path] = _layer_adapter(stack.layers[path], module)
+    return layers, misfits
 
 
 def _misfit(layer: nn.Module | None, module: FileModule) -> str | None:
     if layer is None:
         return "the model has no such layer"
     spec = LayerSpec.of(layer)
-    shape = ALGORITHMS[module.algorithm].shape(module.slots)
-    if spec is None or _without_ones(shape) != _without_ones(spec.weight_shape):
-        wanted = tuple(spec.weight_shape) if spec else type(layer).__name__
-        return f"the adapter's delta is {tuple(shape)}, the layer's weight {wanted}"
+    assert spec is not None  # the index of the stack holds only such layers
+    algorithm: Algorithm = ALGORITHMS[module.algorithm]
+    try:
+        shape = algorithm.shape(module.slots)
+    except AdapterFileError as error:
+        return str(error)
+    if _without_ones(shape) != _without_ones(spec.weight_shape):
+        return f"the adapter's delta is {tuple(shape)}, the layer's weight {tuple(spec.weight_shape)}"
+    kinds = algorithm.kinds(module.slots)
+    if spec.kind not in kinds:
+        return (
+            f"the adapter is for layers of the kind {' or '.join(sorted(kinds))}, the layer is of the kind {spec.kind}"
+        )
     return None
 
 
@@ -198,9 +237,6 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _layer_adapter(layer: nn.Module, module: FileModule) -> LayerAdapter:
     weight: Tensor = layer.weight  # type: ignore[assignment]
     device = weight.device if not weight.is_meta else torch.device("cpu")
-    dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else None
-    slots = {name: slot.to(device, dtype or slot.dtype) for name, slot in module.slots.items()}
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        ones = [1] * len(layer.kernel_size)
-        slots = {name: slot.view(*slot.shape, *ones) if slot.dim() == 2 else slot for name, slot in slots.items()}
+    dtype = weight.dtype if _wide(weight.dtype) else None
+    slots = {name: slot.detach().to(device, dtype or slot.dtype) for name, slot in module.slots.items()}
     return LayerAdapter(ALGORITHMS[module.algorithm], slots, module.scale)

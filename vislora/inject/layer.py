@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -16,9 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vislora.algorithms.base import Algorithm, apply_weight
-from vislora.errors import AdapterMismatchError
+from vislora.errors import AdapterMismatchError, ConfigError
 
 STATE = "_vislora_layer"
+HOOKS = ("accelerate.hooks", "diffusers.hooks.hooks")
+"""Where the `forward`s come from that offloading puts into an instance, with a way down to the one they captured."""
+
 Forward = Callable[..., Tensor]
 
 
@@ -45,13 +49,16 @@ class LayerAdapter:
     def apply(self, x: Tensor, base_out: Tensor, layer: nn.Module) -> Tensor:
         """Return `base_out` plus this adapter's effect on `x`, in the dtype of `base_out`."""
         rank_dropout = 0.0
+        factor = self.scale * self.strength
         if self.training:
-            if self.dropout.module and torch.rand(()).item() < self.dropout.module:
-                return base_out
+            if self.dropout.module:
+                if torch.rand(()).item() < self.dropout.module:
+                    return base_out
+                # like the other two, so that the expected effect is the one that is seen without dropout
+                factor /= 1.0 - self.dropout.module
             rank_dropout = self.dropout.rank
             x = F.dropout(x, self.dropout.input) if self.dropout.input and x.is_floating_point() else x
         slots = self._slots_for(base_out)
-        factor = self.scale * self.strength
         if torch.is_autocast_enabled(x.device.type):
             return self.algorithm.forward(x, base_out, slots, factor, layer, rank_dropout)
         dtype = next(iter(slots.values())).dtype
@@ -62,7 +69,7 @@ class LayerAdapter:
         """Return the change of the base weight in float32 (float64 for a float64 base), strength included."""
         dtype = torch.promote_types(base.dtype, torch.float32)
         slots = {name: slot.detach().to(base.device, dtype) for name, slot in self.slots.items()}
-        return self.algorithm.delta(slots, self.scale * self.strength, base.to(dtype)).view(base.shape)
+        return self.algorithm.delta(slots, self.scale * self.strength, base.to(dtype)).reshape(base.shape)
 
     def _slots_for(self, out: Tensor) -> dict[str, Tensor]:
         """Return the slots on the device of `out`. Frozen slots follow the model for good; trained ones stay put."""
@@ -96,21 +103,24 @@ class LayerState:
 class AdapterLayer:
     """Mixed in before the base layer's class. Its state is `LayerState` in the instance's `__dict__`."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the base layer, then add every active adapter; or use the merged weight when there is one."""
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the base layer, then add every active adapter; or use the merged weight when there is one.
+
+        The first argument has the name that torch's layers give it, for callers that pass it by name.
+        """
         state: LayerState = self.__dict__[STATE]
         if state.merged is not None:
-            if state.merged.device != x.device:
-                state.merged = state.merged.to(x.device)
-            return apply_weight(self, x, state.merged, getattr(self, "bias", None))  # type: ignore[arg-type]
-        out = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            # the model may have moved, or changed its dtype, since
+            state.merged = state.merged.to(input.device, self.weight.dtype)  # type: ignore[attr-defined]
+            return apply_weight(self, input, state.merged, getattr(self, "bias", None))  # type: ignore[arg-type]
+        out = super().forward(input, *args, **kwargs)  # type: ignore[misc]
         for adapter in state.active():
-            out = adapter.apply(x, out, self)  # type: ignore[arg-type]
+            out = adapter.apply(input, out, self)  # type: ignore[arg-type]
         return out
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copy and pickle by the base class: a class made on demand has no importable name."""
-        return _rebuilt, (self.__dict__[STATE].base_class,), self.__dict__
+        return _rebuilt, (self.__dict__[STATE].base_class,), self.__getstate__()
 
 
 _adapted: dict[type[nn.Module], type[nn.Module]] = {}
@@ -137,55 +147,87 @@ def state_of(layer: nn.Module) -> LayerState | None:
 def put_on(layer: nn.Module, path: str, name: str, adapter: LayerAdapter) -> None:
     """Add `adapter` to `layer`, changing the layer's class when it is the first.
 
-    Raises `AdapterMismatchError` when something replaced the layer's `forward`, so that the adapter would be bypassed.
+    Raises `AdapterMismatchError` when something replaced the layer's `forward`, so that the adapter would be bypassed,
+    and `ConfigError` when the layer has an adapter of this name already.
     """
     state = state_of(layer)
     if state is None:
         base_class = type(layer)
-        _rebind_forward(layer, path, adapted_class(base_class))
-        state = LayerState(base_class)
-        layer.__dict__[STATE] = state
-        layer.__class__ = adapted_class(base_class)
+        _require_reachable(layer, path, "load")
+        _change_class(layer, adapted_class(base_class))
+        state = layer.__dict__[STATE] = LayerState(base_class)
+    elif name in state.adapters:
+        raise ConfigError(
+            f"layer '{path}' has an adapter named '{name}' already, put there through another model that shares the "
+            "layer; choose another name"
+        )
     state.add(name, adapter)
 
 
 def take_off(layer: nn.Module, path: str, name: str) -> None:
     """Remove the adapter `name`; with the last one the layer gets its own class back."""
+    require_removable(layer, path, name)
     state = state_of(layer)
     if state is None or name not in state.adapters:
         return
     del state.adapters[name]
     state.merged = None
     if not state.adapters:
-        _rebind_forward(layer, path, state.base_class)
-        layer.__class__ = state.base_class
+        _change_class(layer, state.base_class)
         del layer.__dict__[STATE]
 
 
-def _rebind_forward(layer: nn.Module, path: str, cls: type[nn.Module]) -> None:
-    """Point every `forward` that offload hooks captured from `layer` at the one of `cls`.
+def require_removable(layer: nn.Module, path: str, name: str) -> None:
+    """Raise `AdapterMismatchError` when `layer` was changed on top of its last adapter, so that it cannot leave."""
+    state = state_of(layer)
+    if state is None or list(state.adapters) != [name]:
+        return
+    if type(layer) is not adapted_class(state.base_class):
+        raise AdapterMismatchError(
+            f"layer '{path}' became a {type(layer).__name__} while adapters were on it; undo that "
+            "(torch.nn.utils.parametrize.remove_parametrizations, for one) before ejecting"
+        )
+    _require_reachable(layer, path, "eject")
+
+
+def _change_class(layer: nn.Module, cls: type[nn.Module]) -> None:
+    """Change the class, and point every `forward` that offload hooks captured from `layer` at the new one.
 
     accelerate keeps the captured method in `_old_forward`, diffusers in the function references of `_diffusers_hook`;
     both shadow the class's `forward` with one in the instance, which a change of class alone would not reach.
     """
-    found = False
     for holder, key in _captured(layer):
-        value = holder.get(key)
-        if isinstance(value, MethodType) and value.__self__ is layer:
+        if _is_own_forward(layer, holder.get(key)):
             holder[key] = MethodType(cls.forward, layer)
-            found = True
-    if "forward" in layer.__dict__ and not found:
-        owner = getattr(layer.__dict__["forward"], "__module__", None) or "unknown code"
-        raise AdapterMismatchError(
-            f"layer '{path}' has a forward of its own (set by {owner}) that would bypass an adapter; "
-            "load the adapter before that hook is installed"
-        )
+    layer.__class__ = cls
 
 
 def _captured(layer: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
     yield layer.__dict__, "forward"
     yield layer.__dict__, "_old_forward"
+    link = layer.__dict__.get("forward")
+    while isinstance(link, partial):
+        yield vars(link), "__wrapped__"
+        link = vars(link).get("__wrapped__")
     hooks = layer.__dict__.get("_diffusers_hook")
     for reference in getattr(hooks, "_fn_refs", ()):
         yield vars(reference), "forward"
         yield vars(reference), "original_forward"
+
+
+def _is_own_forward(layer: nn.Module, value: Any) -> bool:
+    return isinstance(value, MethodType) and value.__self__ is layer and value.__func__ is type(layer).forward
+
+
+def _require_reachable(layer: nn.Module, path: str, action: str) -> None:
+    """Follow a `forward` in the instance through the hooks that `_captured` knows, down to the class's own."""
+    forward = layer.__dict__.get("forward")
+    while isinstance(forward, partial) and forward.func.__module__ in HOOKS:
+        forward = vars(forward).get("__wrapped__")
+    if "forward" in layer.__dict__ and not _is_own_forward(layer, forward):
+        function = getattr(forward, "__func__", forward)
+        owner = getattr(function, "__module__", None) or "unknown code"
+        raise AdapterMismatchError(
+            f"layer '{path}' has a forward of its own (from {owner}) that would bypass an adapter; "
+            f"remove it, {action} the adapter, then install it again"
+        )

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from vislora.errors import ConfigError, nearest
-from vislora.inject.layer import LayerAdapter, put_on, state_of, take_off
-from vislora.inject.targets import adaptable
+from vislora.inject.layer import LayerAdapter, put_on, require_removable, state_of, take_off
+from vislora.inject.targets import adaptable, aliases, unwrapped
 
 STACK = "_vislora_stack"
 
@@ -20,9 +20,10 @@ class Stack:
     """Which adapters are on `model`. Held by the model itself, so two pipelines that share it see one stack."""
 
     layers: dict[str, nn.Module]
+    aliases: dict[str, str] = field(default_factory=dict)
     strengths: dict[str, float] = field(default_factory=dict)
     paths: dict[str, list[str]] = field(default_factory=dict)
-    thawed: list[nn.Parameter] = field(default_factory=list)
+    frozen: dict[str, list[tuple[nn.Module, str]]] = field(default_factory=dict)
 
     def add(self, name: str, adapters: Mapping[str, LayerAdapter], strength: float) -> None:
         """Put the adapter `name` on its layers; on any failure the model is as it was.
@@ -56,15 +57,36 @@ class Stack:
         self.strengths[name] = checked
 
     def remove(self, name: str) -> None:
-        """Take the adapter `name` off its layers."""
-        for path in self.paths.pop(self._known(name)):
+        """Take the adapter `name` off its layers; what was frozen for its training is as before."""
+        paths = self.paths[self._known(name)]
+        for path in paths:
+            require_removable(self.layers[path], path, name)
+        for path in paths:
             take_off(self.layers[path], path, name)
-        del self.strengths[name]
+        del self.paths[name], self.strengths[name]
+        self._thaw(name)
 
-    def freeze(self, model: nn.Module) -> None:
-        """Freeze every parameter of `model`, and remember which ones were not frozen."""
-        self.thawed += [parameter for parameter in model.parameters() if parameter.requires_grad]
+    def freeze(self, model: nn.Module, name: str) -> None:
+        """Freeze every parameter of `model` while the adapter `name` trains; remember which ones were not frozen."""
+        # by module and key: offload hooks replace the parameter objects
+        self.frozen[name] = [
+            (module, key)
+            for module in model.modules()
+            for key, parameter in module._parameters.items()
+            if parameter is not None and parameter.requires_grad
+        ]
         model.requires_grad_(False)
+
+    def _thaw(self, name: str) -> None:
+        """Undo `freeze`; while another adapter trains, that is left to its own removal."""
+        parameters = self.frozen.pop(name, [])
+        if self.frozen:
+            next(iter(self.frozen.values())).extend(parameters)
+            return
+        for module, key in parameters:
+            parameter = module._parameters.get(key)
+            if parameter is not None:
+                parameter.requires_grad_(True)
 
     def _known(self, name: str) -> str:
         if name not in self.strengths:
@@ -75,30 +97,31 @@ class Stack:
 
 def stack_of(model: nn.Module) -> Stack:
     """Return the stack of `model`, made (and its layers indexed) on first use."""
-    stack = model.__dict__.get(STACK)
+    stack = existing_stack(model)
     if stack is None:
-        stack = Stack(adaptable(model))
-        model.__dict__[STACK] = stack
+        layers = adaptable(model)
+        stack = unwrapped(model).__dict__[STACK] = Stack(layers, aliases(model, layers))
     return stack
 
 
 def existing_stack(model: nn.Module) -> Stack | None:
     """Return the stack of `model` when it has adapters or had some, else None."""
-    return model.__dict__.get(STACK)
+    return unwrapped(model).__dict__.get(STACK)
 
 
 def drop_if_empty(model: nn.Module) -> None:
-    """Forget the index of a model that has no adapters left, and thaw what was frozen: nothing stays behind."""
+    """Forget the index of a model that has no adapters left, so that nothing stays behind."""
     stack = existing_stack(model)
     if stack is not None and not stack.strengths:
-        for parameter in stack.thawed:
-            parameter.requires_grad_(True)
-        del model.__dict__[STACK]
+        del unwrapped(model).__dict__[STACK]
 
 
 def strength_in_range(name: str, strength: float) -> float:
     """Return `strength` as a float. Raises `ConfigError` when it is not a finite number of sensible size."""
-    value = float(strength)
+    try:
+        value = float(strength)
+    except (TypeError, ValueError):
+        value = math.nan
     if not math.isfinite(value) or abs(value) > 100.0:
-        raise ConfigError(f"strength of '{name}' is {value}: give a finite number between -100 and 100")
+        raise ConfigError(f"strength of '{name}' is {strength!r}: give a finite number between -100 and 100")
     return value

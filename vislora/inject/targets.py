@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from vislora.algorithms.base import LayerSpec
-from vislora.errors import ConfigError, listed
+from vislora.errors import ConfigError, listed, nearest
 
 _ATTENTION = (
     r"to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|to_qkv|"  # diffusers
@@ -23,13 +23,13 @@ _ATTENTION = (
     r"SelfAttention\.[qkvo]|EncDecAttention\.[qkvo]"  # T5
 )
 _FEED_FORWARD = (
-    r"ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_in|proj_out|"  # diffusers
+    r"ff(_context)?\.net\.(0\.proj|2)|proj_mlp|(?<=\.)proj_(in|out)|"  # diffusers; at the top it is the model's output
     r"mlp\.fc[12]|intermediate\.dense|\d+\.output\.dense|gate_proj|up_proj|down_proj|"  # transformers
     r"DenseReluDense\.w[io](_[01])?"  # T5
 )
 _CONV = (
     r"resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)|(down|up)samplers\.\d+\.conv|"
-    r"(norm1|norm1_context)\.linear"
+    r"(norm|norm1|norm1_context)\.linear"
 )
 
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -58,6 +58,8 @@ def select(model: nn.Module, targets: Sequence[Target], preset: str, default: Ta
     The first pattern of `targets` that matches a path decides; what none matches falls to `preset` with `default`'s
     rank, alpha and algorithm. Raises `ConfigError` when a pattern matches no adaptable layer, or nothing is chosen.
     """
+    if preset not in PRESETS:
+        raise ConfigError(f"unknown preset '{preset}'{nearest(preset, PRESETS)}; known: {', '.join(PRESETS)}")
     paths = adaptable(model)
     _require_matches(targets, paths)
     patterns = PRESETS[preset]
@@ -92,8 +94,9 @@ def matches(pattern: str, path: str) -> bool:
 def adaptable(model: nn.Module) -> dict[str, nn.Module]:
     """Return every layer that an adapter works on, by path, each layer once.
 
-    Left out: layers whose weights their parent reads itself, without calling them (the output projection of
-    `nn.MultiheadAttention`, the linears of `nn.TransformerEncoderLayer`'s fast path): an adapter there has no effect.
+    Paths are those of the model itself, whatever parts of it `torch.compile` wrapped. Left out: layers whose weights
+    their parent reads itself, without calling them (the output projection of `nn.MultiheadAttention`, the linears of
+    `nn.TransformerEncoderLayer`'s fast path): an adapter there has no effect.
     """
     bypassed = {
         id(child)
@@ -102,10 +105,27 @@ def adaptable(model: nn.Module) -> dict[str, nn.Module]:
         for child in module.modules()
     }
     return {
-        path: module
-        for path, module in model.named_modules()
+        _plain_path(path): module
+        for path, module in unwrapped(model).named_modules()
         if path and LayerSpec.of(module) is not None and id(module) not in bypassed
     }
+
+
+def aliases(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return the further paths of layers that are at several places of `model`, each with its path in `layers`."""
+    first = {id(layer): path for path, layer in layers.items()}
+    everywhere = unwrapped(model).named_modules(remove_duplicate=False)
+    found = {_plain_path(path): first[id(module)] for path, module in everywhere if id(module) in first}
+    return {path: other for path, other in found.items() if path != other}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module itself when `torch.compile` returned `model`."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _plain_path(path: str) -> str:
+    return path.replace("_orig_mod.", "").removesuffix("._orig_mod")
 
 
 def near_misses(pattern: str, paths: Iterable[str], count: int = 5) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -38,9 +37,10 @@ class Prepared:
         return dataset_hash(self.examples)
 
     def batches(self, process: int, processes: int) -> Iterator[dict[str, Any]]:
-        """Yield this process' share of the batches, for ever."""
-        for _, tensors in islice(self.dataset.batches(self.sampler), process, None, processes):
-            yield tensors
+        """Yield this process' share of the batches, for ever; the sampler moves alike in every process."""
+        while True:
+            group = [self.sampler.next() for _ in range(processes)]
+            yield self.dataset.batch(group[process])
 
 
 def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Record, None, Prepared]:
@@ -62,8 +62,14 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
         yield Note(line)
     cache = Cache(data.cache or folder.root / "cache")
     image_print = weights_fingerprint(family.pipeline.vae, dict(family.pipeline.vae.config))
-    look = {"crop": data.crop, "flip": data.flip, "background": data.background_rgb}
-    wanted = views(found.examples, buckets, fingerprint=image_print, **look)
+    wanted = views(
+        found.examples,
+        buckets,
+        fingerprint=image_print,
+        crop=data.crop,
+        flip=data.flip,
+        background=data.background_rgb,
+    )
     with vae_as(family, torch.float32):
         yield from cache_latents(cache, wanted, family.encode_image, batch_size=8)
     keys = None

@@ -81,9 +81,8 @@ def settle(config: TrainConfig, folder: RunFolder, state: dict[str, Any] | None)
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """Return every setting that a step depends on, as flat dotted names."""
     flat = _flat(config.model_dump(mode="json"))
-    return {
-        key: value for key, value in flat.items() if not key.startswith(FREE) and key not in (*FREE_DATA, *FREE_LOOP)
-    }
+    free = {*FREE_DATA, *FREE_LOOP}
+    return {key: value for key, value in flat.items() if key not in free and not key.startswith(FREE)}
 
 
 def cut_log(path: Path, step: int) -> None:

@@ -80,7 +80,7 @@ def run(config: TrainConfig) -> Iterator[Record]:
     accelerator = _accelerator(config, folder)
     try:
         family = _load_base(config, accelerator)
-        plan = make_plan(config, family.traits)
+        plan = make_plan(config, family.traits, accelerator.mixed_precision)
         settle(plan.config, folder, state)
         data = yield from prepare_data(plan, family, folder)
         about = Trained(
@@ -104,7 +104,8 @@ def run(config: TrainConfig) -> Iterator[Record]:
 def _loop(job: Run) -> Generator[Record, None, None]:
     """Run the steps, with checkpoints and samples between them; always end with a checkpoint and the adapter file."""
     loop, sample = job.config.loop, job.config.sample
-    yield from preview(job, 0) if sample.every and job.step == 0 else ()
+    if sample.every and job.step == 0:
+        yield from _preview(job)
     began, first = time.perf_counter(), job.step
     with stop_on_signal() as stop:
         for record in _steps(job):
@@ -114,7 +115,7 @@ def _loop(job: Run) -> Generator[Record, None, None]:
             if loop.save_every and job.step % loop.save_every == 0 and job.step < job.plan.steps:
                 _checkpoint(job)
             if sample.every and job.step % sample.every == 0:
-                yield from preview(job, job.step)
+                yield from _preview(job)
             if stop.requested:
                 break
     _checkpoint(job)
@@ -238,6 +239,14 @@ def _checkpoint(job: Run) -> None:
         "optimizer": job.optimizer.state_dict(),
     }
     save_checkpoint(job.folder.checkpoints, job.step, state, job.config.loop.keep_checkpoints)
+
+
+def _preview(job: Run) -> Iterator[Note]:
+    if job.accelerator.is_main_process:
+        path = job.folder.samples / f"{job.step:06d}.png"
+        captions = [example.caption for example in job.data.examples[:4]]
+        preview(job.family, job.module, job.plan, captions, path)
+        yield Note(f"samples: {path}")
 
 
 def _finish(job: Run) -> Generator[Record, None, None]:
