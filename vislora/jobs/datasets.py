@@ -62,7 +62,7 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
         yield Note(line)
     cache = Cache(data.cache or folder.root / "cache")
     image_print = weights_fingerprint(family.pipeline.vae, dict(family.pipeline.vae.config))
-    look = {"crop": data.crop, "flip": data.flip, "background": data.background_rgb}
+    look: dict[str, Any] = {"crop": data.crop, "flip": data.flip, "background": data.background_rgb}
     wanted = views(found.examples, buckets, fingerprint=image_print, **look)
     with vae_as(family, torch.float32):
         yield from cache_latents(cache, wanted, family.encode_image, batch_size=8)

@@ -116,7 +116,7 @@ def components_of(pipeline: Any) -> tuple[str | None, dict[str, nn.Module]]:
 def read_traits(path: Path, pipeline: Any, resolution: int, size_step: int, tags: Mapping[str, str]) -> Traits:
     """Return the traits of a base: its pipeline's defaults, or what `vislora.json` in its folder says."""
     signature = inspect.signature(type(pipeline).__call__).parameters
-    values = {
+    values: dict[str, Any] = {
         "resolution": resolution,
         "size_step": size_step,
         "steps": 20,
