@@ -82,12 +82,19 @@ def test_predict_is_what_the_pipeline_computes(name):
     loaded = family(name)
     seen = []
     denoiser = loaded.components["denoiser"]
-    hook = denoiser.register_forward_hook(lambda _, args, kwargs, out: seen.append((args, kwargs, out)), with_kwargs=True)
+    hook = denoiser.register_forward_hook(
+        lambda _, args, kwargs, out: seen.append((args, kwargs, out)), with_kwargs=True
+    )
     try:
         with torch.no_grad():
             loaded.pipeline(
-                ["a red cat", "the house"], num_inference_steps=3, guidance_scale=1.0, width=16, height=16,
-                output_type="latent", generator=torch.Generator().manual_seed(0),
+                ["a red cat", "the house"],
+                num_inference_steps=3,
+                guidance_scale=1.0,
+                width=16,
+                height=16,
+                output_type="latent",
+                generator=torch.Generator().manual_seed(0),
             )
     finally:
         hook.remove()
@@ -200,6 +207,13 @@ def test_cut_off_weights(name, part, tmp_path):
     assert str(folder) in fails(folder)
 
 
+def test_a_tokenizer_without_words(tmp_path):
+    folder = copied("sd", tmp_path)
+    for file in (folder / "tokenizer").iterdir():
+        file.unlink()
+    assert "tokenizer" in fails(folder)
+
+
 @pytest.mark.parametrize("part", ["unet", "scheduler", "tokenizer"])
 def test_a_missing_part(part, tmp_path):
     folder = copied("sd", tmp_path)
@@ -226,10 +240,10 @@ def test_libraries_get_their_verbosity_back():
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    diffusers_logging.disable_progress_bar()
+    assert diffusers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     before = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
     load_family(tiny.saved("sd"), torch.float32, CPU)
     assert (diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()) == before
-    assert not diffusers_logging.is_progress_bar_enabled()
+    assert diffusers_logging.is_progress_bar_enabled()
     assert not transformers_logging.is_progress_bar_enabled()
