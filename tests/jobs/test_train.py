@@ -172,7 +172,7 @@ def test_the_base_is_as_before(family, tmp_path, monkeypatch):
         return seen[0]
 
     monkeypatch.setattr(job, "load_family", kept)
-    trained(tmp_path, family, adapter__text_encoders=True, sample__every=2)
+    trained(tmp_path, family, adapter__text_encoders=True, sample__every=4, sample__prompts=("a cat",))
     fresh = load_family(tiny.saved(family), torch.float32, CPU)
     for component, module in seen[0].components.items():
         assert same(module.state_dict(), fresh.components[component].state_dict())
@@ -247,7 +247,13 @@ def test_gradient_checkpointing_computes_the_same(tmp_path, monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_on_a_cpu_keeps_the_adapter_in_float32(family, tmp_path):
     value, _ = trained(
-        tmp_path, family, loop__mixed_precision="bf16", adapter__text_encoders=True, sample__every=4, loop__steps=2
+        tmp_path,
+        family,
+        loop__mixed_precision="bf16",
+        adapter__text_encoders=True,
+        sample__every=4,
+        sample__prompts=("a cat",),
+        loop__steps=2,
     )
     assert {tensor.dtype for tensor in tensors(value.path).values()} == {torch.float32}
     assert (tmp_path / "run" / "samples" / "000000.png").exists()
@@ -266,7 +272,12 @@ def test_rank_stabilised_tucker_and_patterns(tmp_path):
         {"pattern": "*.conv1", "rank": 1},
     ]
     value, _ = trained(
-        tmp_path, adapter__targets=targets, adapter__rank_stabilized=True, adapter__tucker=True, adapter__alpha=2.0
+        tmp_path,
+        "sd",
+        adapter__targets=targets,
+        adapter__rank_stabilized=True,
+        adapter__tucker=True,
+        adapter__alpha=2.0,
     )
     adapter = formats.load(value.path)
     by_path = {module.path: module for module in adapter.modules}
@@ -296,7 +307,7 @@ def test_every_format_and_precision(family, format, tmp_path):
     assert {tensor.dtype for module in adapter.modules for tensor in module.tensors.values()} == {torch.float16}
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "adafactor", "sgd"])
+@pytest.mark.parametrize("name", ["adam", "adafactor", "sgd"])
 def test_every_optimizer(name, tmp_path):
     value, _ = trained(tmp_path, optimizer__name=name, loop__steps=2)
     assert any(tensor.abs().max() > 0 for key, tensor in tensors(value.path).items() if "up" in key)
@@ -339,7 +350,11 @@ def test_a_loss_that_is_not_finite_is_an_error(tmp_path):
 def test_samples_are_made_on_schedule_and_change_nothing(tmp_path):
     plain, _ = trained(tmp_path, adapter__dropout=0.2)
     sampled, records = trained(
-        tmp_path, output=tmp_path / "sampled", adapter__dropout=0.2, sample__every=2, sample__prompts=("a cat", "a dog")
+        tmp_path,
+        output=tmp_path / "sampled",
+        adapter__dropout=0.2,
+        sample__every=2,
+        sample__prompts=("a cat", "a dog"),
     )
     names = sorted(path.name for path in (tmp_path / "sampled" / "samples").iterdir())
     assert names == ["000000.png", "000002.png", "000004.png"]
@@ -380,16 +395,18 @@ def test_encoded_images_and_captions_are_used_again(tmp_path, monkeypatch):
 
     def run(output, **settings):
         calls.update(images=0, texts=0)
-        trained(tmp_path, output=tmp_path / output, **common, **settings)
+        trained(tmp_path, "sd", output=tmp_path / output, **{**common, **settings})
         return calls["images"], calls["texts"]
 
+    common["data__resolution"] = 16
     assert run("a") == (4, 5)
     assert run("b") == (0, 0)
     (tmp_path / "images" / "0.txt").write_text("a new caption")
     assert run("c") == (0, 1)
     Image.new("RGB", (24, 24), (1, 2, 3)).save(tmp_path / "images" / "1.png")
     assert run("d") == (1, 0)
-    assert run("e", data__resolution=24) == (4, 0)
+    assert run("e", data__max_aspect=1.0) == (0, 0)
+    assert run("h", data__resolution=24) == (4, 0)
     assert run("f", base=str(changed_base(tmp_path, "vae"))) == (4, 0)
     assert run("g", base=str(changed_base(tmp_path, "text_encoder"))) == (0, 5)
 

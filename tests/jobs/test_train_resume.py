@@ -21,7 +21,6 @@ from vislora.config.toml import dump
 from vislora.errors import ConfigError, VisloraError
 from vislora.jobs.train import run
 from vislora.records import Done, Progress
-from vislora.registry import FAMILIES
 from vislora.training import checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +46,12 @@ def stopped(settings, after: int, number=signal.SIGINT) -> Done:
     return last
 
 
+@pytest.fixture(scope="module")
+def whole_path(tmp_path_factory):
+    """Return the adapter of the default settings, trained without a break."""
+    return trained(tmp_path_factory.mktemp("whole"))[0].path
+
+
 RICH = {
     "adapter__dropout": 0.1,
     "adapter__module_dropout": 0.1,
@@ -57,8 +62,7 @@ RICH = {
 }
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "number"), [("sd", signal.SIGINT), ("sd3", signal.SIGTERM)])
 def test_a_stopped_run_goes_on_to_the_same_bits(family, number, tmp_path):
     before = signal.getsignal(number)
     whole, _ = trained(tmp_path, family, output=tmp_path / "whole", name="x", **RICH)
@@ -74,7 +78,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(family, number, tmp_path):
     assert steps_in(tmp_path / "run" / "log.jsonl") == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("name", ["adafactor", "sgd", "adam"])
+@pytest.mark.parametrize("name", ["adafactor", "sgd"])
 def test_every_optimizer_goes_on_to_the_same_bits(name, tmp_path):
     extra = {"optimizer__name": name, "loop__gradient_accumulation": 2, "adapter__text_encoders": True}
     whole, _ = trained(tmp_path, output=tmp_path / "whole", **extra)
@@ -84,9 +88,8 @@ def test_every_optimizer_goes_on_to_the_same_bits(name, tmp_path):
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
-    settings = {"loop__steps": 6, "loop__save_every": 2, **RICH}
-    whole, _ = trained(tmp_path, output=tmp_path / "whole", **settings)
-    slow = config(tmp_path, loop__save_every=2, loop__steps=400, **{**RICH, "optimizer__schedule": "constant"})
+    settings = {"loop__save_every": 1, **RICH, "optimizer__schedule": "constant"}
+    slow = config(tmp_path, loop__steps=400, **settings)
     (tmp_path / "slow.toml").write_text(dump(slow))
     command = [sys.executable, "-m", "vislora", "train", "--config", str(tmp_path / "slow.toml")]
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
@@ -97,13 +100,12 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     at = int(checkpoints.checkpoints(folder)[-1].name.removeprefix("step-"))
-    until_step = at + 2
-    constant = {**settings, "optimizer__schedule": "constant", "loop__steps": until_step}
-    whole, _ = trained(tmp_path, output=tmp_path / "whole", overwrite=True, **constant)
-    value, records = trained(tmp_path, resume=True, **constant)
-    assert f"going on from step {at} of {until_step}" in notes(records)
+    settings["loop__steps"] = at + 2
+    whole, _ = trained(tmp_path, output=tmp_path / "whole", **settings)
+    value, records = trained(tmp_path, resume=True, **settings)
+    assert f"going on from step {at} of {at + 2}" in notes(records)
     assert same(whole.path, value.path)
-    assert steps_in(tmp_path / "run" / "log.jsonl") == list(range(1, until_step + 1))
+    assert steps_in(tmp_path / "run" / "log.jsonl") == list(range(1, at + 3))
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over_on_resume(tmp_path):
@@ -142,15 +144,9 @@ def test_a_folder_with_a_run_is_not_touched_unasked(tmp_path):
     with pytest.raises(ConfigError, match="holds a run already"):
         trained(tmp_path)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
-    second, _ = trained(tmp_path, overwrite=True, seed=1)
-    assert not torch.equal(
-        *(load_file(p)[next(iter(load_file(p)))] for p in (second.path, _copy(before, first.path, tmp_path)))
-    )
-
-
-def _copy(contents, path, tmp_path) -> Path:
-    (tmp_path / "old.safetensors").write_bytes(contents[path])
-    return tmp_path / "old.safetensors"
+    trained(tmp_path, overwrite=True, seed=1)
+    (tmp_path / "old.safetensors").write_bytes(before[first.path])
+    assert not same(first.path, tmp_path / "old.safetensors")
 
 
 def test_an_adapter_that_was_there_is_not_overwritten_unasked(tmp_path):
@@ -205,15 +201,14 @@ def test_a_moved_image_folder_is_no_other_one(tmp_path):
     assert value.finished
 
 
-def test_leftovers_of_a_kill_are_passed_over(tmp_path):
-    whole, _ = trained(tmp_path, output=tmp_path / "whole")
+def test_leftovers_of_a_kill_are_passed_over(tmp_path, whole_path):
     stopped(config(tmp_path), after=2)
     folder = tmp_path / "run" / "checkpoints"
     for name in (".step-000003.abcdef01.part", "step-000009"):
         (folder / name).mkdir()
     (folder / ".step-000003.abcdef01.part" / "state.json").write_text("{")
     value, _ = trained(tmp_path, resume=True)
-    assert same(whole.path, value.path)
+    assert same(whole_path, value.path)
 
 
 @pytest.mark.parametrize("file", ["state.safetensors", "state.json"])
@@ -242,7 +237,7 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
     assert [path.name for path in found] == ["step-000003", "step-000004"]
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, whole_path, monkeypatch):
     original = checkpoints.save_file
 
     def full(tensors, path, *rest):
@@ -250,7 +245,6 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         return original(tensors, path, *rest)
 
-    whole, _ = trained(tmp_path, output=tmp_path / "whole")
     monkeypatch.setattr(checkpoints, "save_file", full)
     with pytest.raises(VisloraError, match="no space left on the disk"):
         trained(tmp_path, loop__save_every=1)
@@ -258,7 +252,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     assert [path.name for path in folder.iterdir()] == ["step-000001"]
     monkeypatch.setattr(checkpoints, "save_file", original)
     value, _ = trained(tmp_path, loop__save_every=1, resume=True)
-    assert same(whole.path, value.path)
+    assert same(whole_path, value.path)
 
 
 def test_a_full_disk_while_the_adapter_is_saved(tmp_path, monkeypatch):
@@ -282,11 +276,11 @@ def test_a_full_disk_while_the_adapter_is_saved(tmp_path, monkeypatch):
 
 
 def test_samples_go_on_too(tmp_path):
-    extra = {"sample__every": 2, "sample__prompts": ("a cat",)}
+    extra = {"loop__steps": 2, "sample__every": 2, "sample__prompts": ("a cat",)}
     trained(tmp_path, output=tmp_path / "whole", **extra)
     stopped(config(tmp_path, **extra), after=1)
     trained(tmp_path, resume=True, **extra)
-    for name in ("000000.png", "000002.png", "000004.png"):
+    for name in ("000000.png", "000002.png"):
         with (
             Image.open(tmp_path / "whole" / "samples" / name) as a,
             Image.open(tmp_path / "run" / "samples" / name) as b,
@@ -326,10 +320,13 @@ def two_processes(tmp_path, turns, processes=2, state=None):
 
 
 def test_a_second_signal_ends_at_once(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
+    def interrupted_twice():
         for record in job.run(config(tmp_path)):
             if isinstance(record, Progress) and record.task == "training":
                 signal.raise_signal(signal.SIGINT)
                 signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_twice()
     value, _ = trained(tmp_path, resume=True)
     assert value.finished

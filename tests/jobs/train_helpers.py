@@ -28,8 +28,8 @@ def image_folder(folder: Path, count: int = 4, size: tuple[int, int] = (24, 24))
     return folder
 
 
-def config(root: Path, family: str = "sd", **settings: Any) -> TrainConfig:
-    """Return settings for four steps on four images in `root`/images; dotted names have `__` between their parts."""
+def config(root: Path, family: str = "sd3", **settings: Any) -> TrainConfig:
+    """Return settings for four steps on four images in `root`/images; `a__b` is the setting `a.b`."""
     if not (root / "images").exists():
         image_folder(root / "images")
     values: dict[str, Any] = {
@@ -50,7 +50,7 @@ def config(root: Path, family: str = "sd", **settings: Any) -> TrainConfig:
     return TrainConfig.of(values)
 
 
-def trained(root: Path, family: str = "sd", **settings: Any) -> tuple[Any, list[Record]]:
+def trained(root: Path, family: str = "sd3", **settings: Any) -> tuple[Any, list[Record]]:
     """Train; return the value of the run and all of its records."""
     records = list(run(config(root, family, **settings)))
     assert isinstance(records[-1], Done)
