@@ -33,7 +33,7 @@ SUBJECTS = (
 )
 STYLE, SECOND = "ink", "outline"
 STEPS = 400
-COLUMNS = {
+ROWS = {
     "base": {},
     STYLE: {STYLE: 1.0},
     SECOND: {SECOND: 1.0},
@@ -72,8 +72,8 @@ def generate(adapter: Path) -> Image.Image:
     """Make every subject with the base, each style, and both; none of the subjects is in a training folder."""
     print("2/3 generate: base, each style, both stacked", flush=True)
     second = ROOT / "samples" / "adapters" / f"{SECOND}.safetensors"
-    rows: list[list[Image.Image]] = [[] for _ in SUBJECTS]
-    for strengths in COLUMNS.values():
+    rows: list[list[Image.Image]] = []
+    for strengths in ROWS.values():
         style = SECOND if list(strengths) == [SECOND] else STYLE
         paths = {STYLE: adapter, SECOND: second}
         pictures = vislora.generate(
@@ -82,9 +82,8 @@ def generate(adapter: Path) -> Image.Image:
             batch_size=len(SUBJECTS),
             output=OUT / "images" / ("-".join(strengths) or "base"),
         )
-        for row, picture in zip(rows, pictures, strict=True):
-            row.append(picture.image)
-    sheet = contact_sheet(rows, SUBJECTS, list(COLUMNS))
+        rows.append([picture.image for picture in pictures])
+    sheet = contact_sheet(rows, list(ROWS), SUBJECTS, cell=128)
     sheet.save(OUT / "sheet.png")
     return sheet
 
