@@ -334,6 +334,13 @@ def test_prompts_of_a_file(tmp_path):
     assert [picture.recipe.shot.seed for picture in pictures] == [0, 1] * 3
 
 
+def test_a_prompt_that_is_too_long_is_told_once(tmp_path, capfd):
+    settings = {"prompt": ("cat " * 20 + "dog",), "output": tmp_path / "out", "base": str(tiny.saved("sd")), "count": 2}
+    notes = [item.text for item in job.run(GenerateConfig.of({**settings, **COMMON})) if isinstance(item, Note)]
+    assert notes == ["a prompt is too long for this base; not read: 'cat cat cat cat cat cat dog'"]
+    assert capfd.readouterr().err == ""
+
+
 def test_no_prompt(tmp_path):
     with pytest.raises(ConfigError, match="no prompt"):
         made(tmp_path, prompt=())

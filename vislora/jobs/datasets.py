@@ -18,7 +18,7 @@ from vislora.data.scan import Example, scan
 from vislora.jobs.plan import Plan
 from vislora.jobs.run_folder import RunFolder
 from vislora.models.base import Family
-from vislora.models.sampling import vae_as
+from vislora.models.sampling import cut_off, vae_as
 from vislora.records import Note, Record
 
 
@@ -56,6 +56,11 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
     buckets = assign(found.examples, plan.resolution, step, max_aspect=data.max_aspect, upscale=data.upscale)
     for line in [*found.notes, *bucket_notes(found.examples, buckets), *bucket_summary(buckets)]:
         yield Note(line)
+    ends = cut_off(family, [example.caption for example in found.examples])
+    if ends:
+        yield Note(
+            f"{len(ends)} captions are too long for this base; the end of the first, not read: '{ends[0]}'", "warning"
+        )
     cache = Cache(data.cache or folder.root / "cache")
     wanted = views(
         found.examples,
