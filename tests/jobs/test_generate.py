@@ -268,7 +268,7 @@ def test_every_scheduler_runs(family, name, tmp_path):
     assert pixels(picture).std() > 1
 
 
-@pytest.mark.parametrize("name", ["dpm++", "ddim", "heun", "unipc"])
+@pytest.mark.parametrize("name", ["dpm++", "ddim"])
 def test_every_scheduler_runs_with_v_prediction(name, tmp_path, v_base):
     (picture,) = made(tmp_path, scheduler=name, steps=3, base=str(v_base))
     assert pixels(picture).std() > 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,11 +56,7 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
     buckets = assign(found.examples, plan.resolution, step, max_aspect=data.max_aspect, upscale=data.upscale)
     for line in [*found.notes, *bucket_notes(found.examples, buckets), *bucket_summary(buckets)]:
         yield Note(line)
-    ends = cut_off(family, [example.caption for example in found.examples])
-    if ends:
-        yield Note(
-            f"{len(ends)} captions are too long for this base; the end of the first, not read: '{ends[0]}'", "warning"
-        )
+    yield from _told(family, found.examples)
     cache = Cache(data.cache or folder.root / "cache")
     wanted = views(
         found.examples,
@@ -79,6 +75,14 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
     dataset = TrainingSet(cache, wanted, keys, seed=config.seed, caption_dropout=data.caption_dropout)
     sampler = Sampler(buckets, plan.batch_size, config.seed, data.repeats)
     return Prepared(found.examples, buckets, dataset, sampler)
+
+
+def _told(family: Family, examples: Sequence[Example]) -> Iterator[Note]:
+    """Say how many captions the base reads only in part."""
+    ends = cut_off(family, [example.caption for example in examples])
+    if ends:
+        text = f"{len(ends)} captions are too long for this base; the end of the first, not read: '{ends[0]}'"
+        yield Note(text, "warning")
 
 
 def _image_fingerprint(family: Family) -> str:
