@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vislora.algorithms.base import Algorithm, Conv, InitOptions, Kind, LayerSpec, Slots
-from vislora.errors import AdapterFileError
+from vislora.errors import AdapterFileError, ConfigError
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 PLAIN = frozenset({"down", "up"})
@@ -144,7 +144,9 @@ def _drawn(size: tuple[int, ...], options: InitOptions) -> Tensor:
     tensor = torch.empty(size)
     if options.init == "gaussian":
         return tensor.normal_(0.0, 1.0 / options.rank, generator=options.generator)
-    return nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=options.generator)
+    if options.init == "kaiming":
+        return nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=options.generator)
+    raise ConfigError(f"unknown init '{options.init}'; known: kaiming, gaussian")
 
 
 LORA = Algorithm(

@@ -108,7 +108,7 @@ class SampleConfig(Section):
     """One image per prompt. Default: the captions of the first four images."""
     negative_prompt: str = ""
     """What the samples should not show."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the first sample; the next ones count up."""
 
 
@@ -125,7 +125,7 @@ class TrainConfig(Section):
     """File format of the adapter: kohya, diffusers, peft."""
     save_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Precision of the tensors in the adapter file; alpha stays exact."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of every random draw: the same command gives the same adapter on the same machine."""
     resume: bool = False
     """Go on from the last checkpoint in the run folder."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from vislora.data.cache import Cache, weights_fingerprint
 from vislora.data.dataset import TrainingSet
 from vislora.data.encode import cache_latents, cache_texts, views
 from vislora.data.sampler import Sampler
-from vislora.data.scan import Example, dataset_hash, scan
+from vislora.data.scan import Example, scan
 from vislora.jobs.plan import Plan
 from vislora.jobs.run_folder import RunFolder
 from vislora.models.base import Family
@@ -25,22 +24,19 @@ from vislora.records import Note, Record
 
 @dataclass(frozen=True)
 class Prepared:
-    """Examples with everything cached. `hash`: of all contents and captions."""
+    """Examples with everything cached."""
 
     examples: list[Example]
     buckets: Mapping[Bucket, list[int]]
     dataset: TrainingSet
     sampler: Sampler
 
-    @property
-    def hash(self) -> str:
-        """Return the hash of contents and captions."""
-        return dataset_hash(self.examples)
-
     def batches(self, process: int, processes: int) -> Iterator[dict[str, Any]]:
         """Yield this process' share of the batches, for ever."""
-        for _, tensors in islice(self.dataset.batches(self.sampler), process, None, processes):
-            yield tensors
+        while True:
+            # every process counts the batches of all, so that any one's sampler says where the run stands
+            turn = [self.sampler.next() for _ in range(processes)]
+            yield self.dataset.batch(turn[process])
 
 
 def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Record, None, Prepared]:
@@ -62,8 +58,14 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
         yield Note(line)
     cache = Cache(data.cache or folder.root / "cache")
     image_print = weights_fingerprint(family.pipeline.vae, dict(family.pipeline.vae.config))
-    look: dict[str, Any] = {"crop": data.crop, "flip": data.flip, "background": data.background_rgb}
-    wanted = views(found.examples, buckets, fingerprint=image_print, **look)
+    wanted = views(
+        found.examples,
+        buckets,
+        fingerprint=image_print,
+        crop=data.crop,
+        flip=data.flip,
+        background=data.background_rgb,
+    )
     with vae_as(family, torch.float32):
         yield from cache_latents(cache, wanted, family.encode_image, batch_size=8)
     keys = None

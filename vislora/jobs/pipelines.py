@@ -38,12 +38,13 @@ def attach(
     by_component = _by_component(adapter_file, components, isinstance(pipeline, nn.Module))
     missing = [component for component in by_component if component not in components]
     misfits = [f"{component}: this pipeline has no such component" for component in missing]
-    if missing and not allow_partial:
+    if missing and (not allow_partial or len(missing) == len(by_component)):
         raise AdapterMismatchError(listed(f"adapter '{name}' does not fit{_looks(adapter_file, family)}:", misfits))
     done: list[nn.Module] = []
     try:
-        for component in by_component.keys() - set(missing):
-            modules = by_component[component]
+        for component, modules in by_component.items():
+            if component in missing:
+                continue
             found = inject_modules(components[component], name, modules, strength, allow_partial)
             done.append(components[component])
             misfits += [f"{component}.{line}" for line in found]

@@ -90,12 +90,12 @@ def adapter_hash(path: Path) -> str:
 
 
 def base_hash(path: Path) -> str:
-    """Return a hash that tells bases apart: names, sizes, and the first and last MiB of every file of the folder.
+    """Return a hash that tells bases apart: names, sizes, and the first and last MiB of every weight and config file.
 
     A base of many gigabytes is not read whole; a hub name (no folder) is its own hash.
     """
     digest = hashlib.sha256(path.as_posix().encode() if not path.is_dir() else b"")
-    for file in sorted(item for item in path.rglob("*") if item.is_file()):
+    for file in sorted(item for item in path.rglob("*") if item.suffix in (".safetensors", ".bin", ".json")):
         size = file.stat().st_size
         digest.update(f"{file.relative_to(path).as_posix()} {size}".encode())
         with open(file, "rb") as stream:

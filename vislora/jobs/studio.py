@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, groupby
@@ -24,8 +25,13 @@ class Picture:
     """One image made, and its PNG."""
 
     path: Path
-    image: Image.Image
     recipe: Recipe
+
+    @property
+    def image(self) -> Image.Image:
+        """Read the image: thousands of pictures are not held in memory."""
+        with Image.open(self.path) as image:
+            return image.copy()
 
 
 @dataclass(frozen=True)
@@ -114,12 +120,12 @@ def make(
             for image, recipe in studio.shoot([job.shot for job in batch], batch[0].strengths, how):
                 path = output / f"{next(numbers):05d}-{recipe.shot.seed}.png"
                 save_png(image, path, recipe)
-                yield Picture(path, image, recipe)
+                yield Picture(path, recipe)
             done += len(batch)
             yield Progress("generating", done, len(jobs))
 
 
 def free_numbers(folder: Path) -> Iterator[int]:
     """Count up from the first number that no PNG in `folder` begins with: an image is never overwritten."""
-    taken = [int(path.name[:5]) for path in folder.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")]
-    return count(max(taken, default=-1) + 1)
+    found = (re.match(r"(\d{5,})-.*\.png$", path.name) for path in folder.glob("*.png"))
+    return count(max((int(match[1]) for match in found if match), default=-1) + 1)

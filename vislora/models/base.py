@@ -128,7 +128,10 @@ def read_traits(path: Path, pipeline: Any, resolution: int, size_step: int, tags
     own = path / "vislora.json"
     if own.is_file():
         values.update(json.loads(own.read_text()))
-    return Traits(**values, tags=tags)
+    try:
+        return Traits(**values, tags=tags)
+    except TypeError as error:
+        raise ModelError(f"base {path}: vislora.json holds a setting that is not known ({error})") from None
 
 
 def _pipeline_class(path: Path) -> str:
@@ -202,4 +205,5 @@ def _is_family(card: Card, pipeline: Any, denoiser: Any) -> bool:
     """A family is its denoiser's class and exactly its text encoders: SDXL has a UNet too, but two of them."""
     expected = {attribute for component, attribute in card.attributes.items() if component != "denoiser"}
     present = {name for name in getattr(pipeline, "components", {}) if name.startswith("text_encoder")}
-    return type(denoiser).__name__ == card.denoiser and present == expected
+    plain = getattr(denoiser, "_orig_mod", denoiser)  # torch.compile wraps it
+    return type(plain).__name__ == card.denoiser and present == expected

@@ -51,6 +51,12 @@ def make_images(family: Family, shots: Sequence[Shot], how: Sampling, batch_size
         yield made.images
 
 
+def picture_step(family: Family) -> int:
+    """Return the number of pixels that the sides of an image must be a multiple of."""
+    pipeline = family.pipeline
+    return max(8, pipeline.vae_scale_factor * getattr(pipeline, "patch_size", 1))
+
+
 @contextmanager
 def vae_as(family: Family, dtype: torch.dtype) -> Iterator[None]:
     """Hold the VAE in `dtype` for a while: half-precision VAEs overflow, and training encodes each image only once."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from vislora.diffusion import Discrete
+from vislora.errors import ModelError
 from vislora.models.base import Card, Traits, read_traits
 
 
@@ -63,8 +64,11 @@ def _objective(scheduler: Any) -> Discrete:
     from diffusers import DDPMScheduler
 
     training = DDPMScheduler.from_config(scheduler.config)
-    kind = "v" if training.config.prediction_type == "v_prediction" else "epsilon"
-    return Discrete(training.alphas_cumprod, kind)  # type: ignore[arg-type]
+    kinds: dict[str, Literal["epsilon", "v"]] = {"epsilon": "epsilon", "v_prediction": "v"}
+    kind = training.config.prediction_type
+    if kind not in kinds:
+        raise ModelError(f"prediction_type '{kind}' of its scheduler is not supported; known: {', '.join(kinds)}")
+    return Discrete(training.alphas_cumprod, kinds[kind])
 
 
 def _tags(pipeline: Any, resolution: int) -> dict[str, str]:

@@ -1,0 +1,97 @@
+"""What every algorithm of the registry must do, on every kind of layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.layers import CASES, drawn, fresh
+from vislora.algorithms.base import KINDS, Algorithm, LayerSpec, apply_weight
+from vislora.registry import ALGORITHMS
+
+EVERY = pytest.mark.parametrize(
+    ("algorithm", "case", "tucker"),
+    [
+        pytest.param(ALGORITHMS[name], case, tucker, id=f"{name}-{label}{'-tucker' * tucker}")
+        for name in ALGORITHMS
+        for label, case in CASES.items()
+        for tucker in ((False, True) if "conv" in label else (False,))
+    ],
+)
+NAMES = pytest.mark.parametrize("name", ALGORITHMS)
+
+
+@EVERY
+def test_a_fresh_adapter_leaves_the_output_bit_equal(algorithm: Algorithm, case, tucker):
+    layer, x = case.layer(), case.input()
+    slots = fresh(layer, algorithm, tucker=tucker)
+    out = layer(x)
+    assert torch.equal(algorithm.forward(x, out, slots, 0.7, layer, 0.0), out)
+    assert algorithm.delta(slots, 0.7, layer.weight).abs().max() == 0.0
+
+
+@EVERY
+def test_forward_equals_the_layer_with_the_changed_weight(algorithm: Algorithm, case, tucker):
+    layer, x = case.layer(torch.float64), case.input(torch.float64)
+    slots = drawn(layer, algorithm, tucker=tucker)
+    changed = layer.weight + algorithm.delta(slots, 0.7, layer.weight).reshape(layer.weight.shape)
+    merged = apply_weight(layer, x, changed, getattr(layer, "bias", None))
+    stacked = algorithm.forward(x, layer(x), slots, 0.7, layer, 0.0)
+    assert not torch.allclose(merged, layer(x), atol=1e-3)
+    torch.testing.assert_close(stacked, merged, rtol=0.0, atol=1e-12)
+
+
+@EVERY
+def test_delta_is_linear_in_the_scale_and_has_the_shape_of_the_weight(algorithm: Algorithm, case, tucker):
+    layer = case.layer()
+    slots = drawn(layer, algorithm, tucker=tucker)
+    delta = algorithm.delta(slots, 1.0, layer.weight)
+    assert delta.shape == layer.weight.shape == algorithm.shape(slots)
+    assert delta.dtype == torch.float32
+    torch.testing.assert_close(algorithm.delta(slots, -2.5, layer.weight), -2.5 * delta)
+    assert algorithm.delta({k: v.double() for k, v in slots.items()}, 1.0, layer.weight.double()).dtype == torch.float64
+
+
+@EVERY
+def test_slots_tell_rank_kind_and_algorithm(algorithm: Algorithm, case, tucker):
+    layer = case.layer()
+    slots = fresh(layer, algorithm, rank=2, tucker=tucker)
+    spec = LayerSpec.of(layer)
+    assert algorithm.rank(slots) == 2
+    assert spec.kind in algorithm.kinds(slots) <= KINDS
+    assert slots.keys() <= algorithm.slots
+    assert [name for name in ALGORITHMS if ALGORITHMS[name].matches(frozenset(slots))] == [algorithm.name]
+    for missing in slots:
+        assert not algorithm.matches(frozenset(slots) - {missing}) or missing == "mid"
+
+
+@EVERY
+def test_gradients_of_slots_and_input(algorithm: Algorithm, case, tucker):
+    layer, x = case.layer(torch.float64), case.input(torch.float64)
+    slots = {name: slot.requires_grad_() for name, slot in drawn(layer, algorithm, 2, tucker).items()}
+    names = list(slots)
+    floats = x.is_floating_point()
+
+    def run(x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        return algorithm.forward(x, layer(x), dict(zip(names, tensors, strict=True)), 0.7, layer, 0.0)
+
+    x = x.requires_grad_() if floats else x
+    assert torch.autograd.gradcheck(run, (x, *slots.values()), fast_mode=True)
+
+
+@EVERY
+def test_a_seed_gives_the_same_slots_and_leaves_the_global_generator_alone(algorithm: Algorithm, case, tucker):
+    layer = case.layer()
+    before = torch.get_rng_state()
+    first, again, other = (fresh(layer, algorithm, tucker=tucker, seed=seed) for seed in (5, 5, 6))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+@NAMES
+def test_an_algorithm_is_called_as_it_is_registered(name):
+    assert ALGORITHMS[name].name == name
+    assert not ALGORITHMS[name].matches(frozenset())
+    assert not ALGORITHMS[name].matches(frozenset({"something", "else"}))
+    assert not ALGORITHMS[name].matches(ALGORITHMS[name].slots | {"something"})
