@@ -21,9 +21,19 @@ from vislora.reports.sheet import contact_sheet
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("demo")
-SUBJECTS = ("fox", "owl", "rabbit face", "sunflower", "crown", "guitar", "automobile", "soccer ball")
+SUBJECTS = (
+    "a fox",
+    "an owl",
+    "a rabbit face",
+    "a sunflower",
+    "a crown",
+    "a guitar",
+    "an automobile",
+    "a soccer ball",
+)
 STYLE, SECOND = "ink", "outline"
-COLUMNS = {
+STEPS = 400
+ROWS = {
     "base": {},
     STYLE: {STYLE: 1.0},
     SECOND: {SECOND: 1.0},
@@ -49,8 +59,12 @@ def train() -> Path:
     """Train the style on the sample folder, as `vislora train --config samples/ink.toml --output demo/ink` does."""
     print(f"1/3 train: {STYLE}, from the pictures in samples/{STYLE}", flush=True)
     config = load_toml(ROOT / "samples" / f"{STYLE}.toml", TrainConfig)
-    places = {"output": OUT / STYLE, "data": config.data.model_copy(update={"folder": ROOT / "samples" / STYLE})}
-    console.show(run_train(config.model_copy(update=places)))
+    changes = {
+        "output": OUT / STYLE,
+        "data": config.data.model_copy(update={"folder": ROOT / "samples" / STYLE}),
+        "loop": config.loop.model_copy(update={"steps": STEPS}),
+    }
+    console.show(run_train(config.model_copy(update=changes)))
     return OUT / STYLE / f"{STYLE}.safetensors"
 
 
@@ -58,18 +72,18 @@ def generate(adapter: Path) -> Image.Image:
     """Make every subject with the base, each style, and both; none of the subjects is in a training folder."""
     print("2/3 generate: base, each style, both stacked", flush=True)
     second = ROOT / "samples" / "adapters" / f"{SECOND}.safetensors"
-    rows: list[list[Image.Image]] = [[] for _ in SUBJECTS]
-    for strengths in COLUMNS.values():
+    rows: list[list[Image.Image]] = []
+    for strengths in ROWS.values():
         style = SECOND if list(strengths) == [SECOND] else STYLE
         paths = {STYLE: adapter, SECOND: second}
         pictures = vislora.generate(
-            prompt=tuple(f"a {subject}, {style} style" for subject in SUBJECTS),
+            prompt=tuple(f"{subject}, {style} style" for subject in SUBJECTS),
             adapter=tuple(f"{paths[name]}:{strength}" for name, strength in strengths.items()),
+            batch_size=len(SUBJECTS),
             output=OUT / "images" / ("-".join(strengths) or "base"),
         )
-        for row, picture in zip(rows, pictures, strict=True):
-            row.append(picture.image)
-    sheet = contact_sheet(rows, [f"a {subject}" for subject in SUBJECTS], list(COLUMNS))
+        rows.append([picture.image for picture in pictures])
+    sheet = contact_sheet(rows, list(ROWS), SUBJECTS, cell=128)
     sheet.save(OUT / "sheet.png")
     return sheet
 

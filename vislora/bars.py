@@ -10,7 +10,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from vislora.console import figures, worded
 from vislora.records import Note, Progress
 
 
@@ -42,7 +41,7 @@ class BarView:
     def note(self, note: Note) -> None:
         """Print one line above the bars."""
         style = "yellow" if note.level == "warning" else None
-        self._console.print(worded(note), style=style, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(note.line, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def progress(self, progress: Progress) -> None:
         """Move the bar of the task; the first record of a task adds its bar."""
@@ -54,5 +53,5 @@ class BarView:
             self._tasks[progress.task],
             completed=progress.done,
             total=progress.total,
-            figures=escape(figures(progress)),
+            figures=escape(progress.figures),
         )

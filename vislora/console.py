@@ -59,19 +59,6 @@ def view() -> View:
     return BarView()
 
 
-def figures(progress: Progress) -> str:
-    """Return the fields as text, numbers with four digits: `loss 0.1234  rate 0.001`."""
-    return "  ".join(
-        f"{name} {value:.4g}" if isinstance(value, (int, float)) else f"{name} {value}"
-        for name, value in progress.fields.items()
-    )
-
-
-def worded(note: Note) -> str:
-    """Return the note as one line that says when it is a warning."""
-    return f"warning: {note.text}" if note.level == "warning" else note.text
-
-
 def is_first_process() -> bool:
     """Say whether this is the process that speaks; launchers of several processes number them in RANK."""
     return os.environ.get("RANK", "0") == "0"
@@ -95,7 +82,7 @@ class LineView:
 
     def note(self, note: Note) -> None:
         """Print one line."""
-        print(worded(note), file=sys.stderr, flush=True)
+        print(note.line, file=sys.stderr, flush=True)
 
     def progress(self, progress: Progress) -> None:
         """Print the state of the task ten seconds after the last line, and when it is done."""
@@ -116,7 +103,7 @@ class LineView:
         seconds = self._written - self._begun
         left = seconds / state.done * (state.total - state.done) if state.done else 0.0
         clock = f"{_clock(seconds)}, {_clock(left)} left" if left else _clock(seconds)
-        parts = (f"{state.task} {state.done}/{state.total}", figures(state), clock)
+        parts = (f"{state.task} {state.done}/{state.total}", state.figures, clock)
         print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
 
 

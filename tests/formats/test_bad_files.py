@@ -106,7 +106,7 @@ CONTENTS = {
     ),
     "integers": (changed(lora_up__weight=torch.ones(4, 2, dtype=torch.int64)), "not a floating type"),
     "unknown layer": ({key.replace("conv_in", "nonsense"): t for key, t in GOOD.items()}, "none of its 1 modules"),
-    "SDXL names": ({key.replace("conv_in", "input_blocks_0_0"): t for key, t in GOOD.items()}, "none of its 1 modules"),
+    "SDXL names": ({key.replace("conv_in", "input_blocks_0_0"): t for key, t in GOOD.items()}, "like those of SDXL"),
     "no tensors": ({}, "without any tensor"),
     "unknown keys": ({"what.ever": torch.ones(1)}, "without a LoRA"),
     "checkpoint": ({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(1)}, "a whole checkpoint"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.formats.format_helpers import fixture
+from tests.formats.format_helpers import fixture, same_tensors
 from vislora import formats
 from vislora.algebra.compare import compare
 from vislora.errors import AdapterFileError
@@ -32,7 +32,7 @@ def test_deltas_are_those_of_lycoris(name):
 
 @pytest.mark.parametrize(
     ("name", "kind", "count"),
-    [("loha", "loha", 22), ("lokr", "lokr", 22), ("full", "full", 22), ("norm", "norm", 10), ("dora_out", "dora", 22)],
+    [("loha", "loha", 22), ("lokr", "lokr", 22), ("full", "full", 22), ("norm", "norm", 10)],
 )
 def test_kinds_without_an_algorithm_are_loaded_kept_and_named(name, kind, count, tmp_path):
     adapter = formats.load(fixture(f"lycoris_tiny/{name}.safetensors"))
@@ -51,3 +51,32 @@ def test_kinds_without_an_algorithm_are_loaded_kept_and_named(name, kind, count,
         formats.save(adapter, tmp_path / "a.safetensors", "kohya")
     with pytest.raises(AdapterFileError, match="not supported yet"):
         compare(adapter, adapter)
+
+
+def test_dora_is_that_of_lycoris_and_goes_through_every_format(tmp_path):
+    source = fixture("lycoris_tiny/dora_out.safetensors")
+    adapter = formats.load(source)
+    truth = load_file(fixture("lycoris_tiny/dora_out.truth_delta.safetensors"))
+    base = load_file(fixture("lycoris_tiny/base_subset.safetensors"))
+    for key, expected in truth.items():
+        delta = adapter.delta(key.removesuffix(".weight"), base[key])
+        assert torch.linalg.vector_norm(delta - expected) <= 3e-7 * torch.linalg.vector_norm(base[key].double())
+    with pytest.raises(AdapterFileError, match="depends on the base weight"):
+        adapter.delta(adapter.modules[0])
+    with pytest.raises(AdapterFileError, match="kind dora"):
+        adapter.modules[0].algorithm  # noqa: B018
+    for name, place in (("diffusers", "a.safetensors"), ("peft", "b"), ("kohya", "c.safetensors")):
+        formats.save(adapter, tmp_path / place, name)
+        read = formats.load(tmp_path / place)
+        assert compare(adapter, read).exact
+        formats.save(read, tmp_path / "back.safetensors", "kohya")
+        renamed = {key.replace("lycoris_", "lora_unet_"): tensor for key, tensor in load_file(source).items()}
+        same_tensors(tmp_path / "back.safetensors", renamed)
+
+
+def test_dora_on_some_modules_only_is_refused_by_peft(tmp_path):
+    adapter = formats.load(fixture("lycoris_tiny/dora_out.safetensors"))
+    adapter.modules[0].magnitude = None
+    with pytest.raises(AdapterFileError, match="on all modules of a component or on none"):
+        formats.save(adapter, tmp_path / "a", "peft")
+    formats.save(adapter, tmp_path / "a.safetensors", "kohya")

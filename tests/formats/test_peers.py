@@ -157,6 +157,21 @@ def test_peft_loads_our_folder_of_a_clip_with_projection(tmp_path):
     assert_same(adapter, "te:clip_g", peer_deltas(PeftModel.from_pretrained(model, tmp_path / "a"), "default"))
 
 
+def test_peft_applies_our_dora_as_we_do(models, tmp_path):
+    adapter = adapter_for("denoiser", models[0])
+    for item in adapter.modules:
+        item.magnitude, item.magnitude_axis = torch.rand(item.shape[0]) + 0.5, "out"
+    formats.save(adapter, tmp_path / "a", "peft")
+    torch.manual_seed(1)
+    model = UNet2DConditionModel(**UNET)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    merged = PeftModel.from_pretrained(model, tmp_path / "a").merge_and_unload().state_dict()
+    for item in adapter.modules:
+        base = before[f"{item.path}.weight"]
+        expected = base.double() + adapter.delta(item, base)
+        torch.testing.assert_close(merged[f"{item.path}.weight"].double(), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_diffusers_loads_our_sd3_files(tmp_path):
     model = SD3Transformer2DModel(**TINY)
     adapter = adapter_for("denoiser", model)

@@ -77,7 +77,7 @@ def test_tucker_cores_stay_in_kohya_files_and_are_refused_elsewhere(tmp_path):
     adapter = AdapterFile(modules=[item], family="sd")
     formats.save(adapter, tmp_path / "a.safetensors", "kohya")
     assert compare(adapter, formats.load(tmp_path / "a.safetensors")).exact
-    with pytest.raises(AdapterFileError, match="diffusers files have no slot for mid"):
+    with pytest.raises(AdapterFileError, match="1 modules with mid, for which diffusers files have no slot"):
         formats.save(adapter, tmp_path / "b.safetensors", "diffusers")
     assert not (tmp_path / "b.safetensors").exists()
 
@@ -88,7 +88,7 @@ def test_embedding_layers(name, tmp_path):
     adapter = AdapterFile(modules=[module(path, "te:clip_l", shape=(11, 6), kind="embedding")], family="sd")
     formats.save(adapter, tmp_path / PLACES[name], name)
     assert compare(adapter, formats.load(tmp_path / PLACES[name])).exact
-    with pytest.raises(AdapterFileError, match="kohya files have no slot for embedding_down and embedding_up"):
+    with pytest.raises(AdapterFileError, match="embedding_down and embedding_up, for which kohya files have no slot"):
         formats.save(adapter, tmp_path / "k.safetensors", "kohya")
 
 
@@ -226,5 +226,23 @@ def test_two_namespaces_in_one_file(tmp_path):
     assert {item.component for item in read.modules} == {"denoiser", "te:clip_l"}
     assert list(read.extras) == ["_aux.junk"]
     assert list(read.embeddings["my.style"]) == ["string_to_param.*"]
-    with pytest.raises(AdapterFileError, match="embeddings have no place"):
+    with pytest.raises(AdapterFileError, match="1 embeddings, which have no place"):
         formats.save(read, tmp_path / "c.safetensors", "kohya")
+
+
+def test_an_alpha_beyond_float32_is_refused_by_kohya_and_kept_by_json(tmp_path):
+    adapter = AdapterFile(modules=[module("conv_in", alpha=1e39)], family="sd")
+    with pytest.raises(AdapterFileError, match="float32 cannot hold"):
+        formats.save(adapter, tmp_path / "a.safetensors", "kohya")
+    assert list(tmp_path.iterdir()) == []
+    formats.save(adapter, tmp_path / "a.safetensors", "diffusers")
+    assert formats.load(tmp_path / "a.safetensors").modules[0].alpha == 1e39
+
+
+def test_sdxl_files_name_what_is_missing_in_one_line(tmp_path):
+    materialise("kohya_sdxl_lora_c3lier.json", tmp_path / "a.safetensors")
+    read = formats.load(tmp_path / "a.safetensors")
+    assert len(read.notes) == 1
+    assert "788 modules are layers of no known family, they look like those of SDXL" in read.notes[0]
+    with pytest.raises(AdapterFileError, match="788 modules whose names no model family has"):
+        formats.save(read, tmp_path / "b.safetensors", "diffusers")

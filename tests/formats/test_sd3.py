@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tests.formats.format_helpers import module
 from vislora import formats
 from vislora.algebra.compare import compare
+from vislora.algorithms.dora import decomposed
 from vislora.errors import AdapterFileError
 from vislora.formats.adapter_file import AdapterFile
 from vislora.formats.kohya import place
@@ -71,6 +72,29 @@ def test_unequal_scales_cost_one_rounding_at_most(dtype, tmp_path):
     formats.save(adapter, tmp_path / "a.safetensors", "kohya")
     comparison = compare(adapter, formats.load(tmp_path / "a.safetensors"))
     assert comparison.ok(1e-7), comparison.problems(1e-7)
+
+
+def test_dora_of_fused_and_of_reordered_layers(tmp_path):
+    tensors = {f"{QKV}.lora_down.weight": torch.randn(2, 8), f"{QKV}.lora_up.weight": torch.randn(24, 2)}
+    tensors[f"{QKV}.dora_scale"] = torch.rand(24, 1)
+    final = "lora_unet_final_layer_adaLN_modulation_1"
+    tensors |= {f"{final}.lora_down.weight": torch.randn(2, 8), f"{final}.lora_up.weight": torch.randn(16, 2)}
+    tensors[f"{final}.dora_scale"] = torch.rand(16, 1)
+    save_file(tensors, tmp_path / "a.safetensors")
+    read = formats.load(tmp_path / "a.safetensors")
+    weight = torch.randn(24, 8)
+    whole = decomposed(
+        weight.double(),
+        tensors[f"{QKV}.lora_up.weight"].double() @ tensors[f"{QKV}.lora_down.weight"].double(),
+        tensors[f"{QKV}.dora_scale"].double(),
+        "out",
+    )
+    parts = [read.delta(path, rows) for path, rows in zip(MEMBERS, weight.chunk(3), strict=True)]
+    torch.testing.assert_close(torch.cat(parts), whole)
+    formats.save(read, tmp_path / "b.safetensors", "diffusers")
+    formats.save(formats.load(tmp_path / "b.safetensors"), tmp_path / "c.safetensors", "kohya")
+    found = load_file(tmp_path / "c.safetensors")
+    assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
 
 
 def test_members_that_are_no_rows_of_one_layer_are_refused(tmp_path):

@@ -207,6 +207,13 @@ def test_cut_off_weights(name, part, tmp_path):
     assert str(folder) in fails(folder)
 
 
+def test_a_tokenizer_without_words(tmp_path):
+    folder = copied("sd", tmp_path)
+    for file in (folder / "tokenizer").iterdir():
+        file.unlink()
+    assert "tokenizer" in fails(folder)
+
+
 @pytest.mark.parametrize("part", ["unet", "scheduler", "tokenizer"])
 def test_a_missing_part(part, tmp_path):
     folder = copied("sd", tmp_path)
@@ -233,10 +240,10 @@ def test_libraries_get_their_verbosity_back():
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    diffusers_logging.disable_progress_bar()
+    assert diffusers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     before = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
     load_family(tiny.saved("sd"), torch.float32, CPU)
     assert (diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()) == before
-    assert not diffusers_logging.is_progress_bar_enabled()
+    assert diffusers_logging.is_progress_bar_enabled()
     assert not transformers_logging.is_progress_bar_enabled()

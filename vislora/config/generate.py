@@ -45,7 +45,7 @@ class GenerateConfig(Section):
     batch_size: int = Field(1, ge=1, le=1024)
     """Images made at once."""
     sheet: bool = False
-    """Also make each image with the base and with each adapter alone, and lay all out in `sheet.png` (or `sheet-2.png`)."""
+    """Also make each image with the base and each adapter alone, and lay them out in `sheet.png` (`sheet-2.png`)."""
     like: Path | None = None
     """Repeat the image of this PNG from its recipe; other settings but --output and --device are not used."""
     allow_partial: bool = False

@@ -41,6 +41,11 @@ OTHER_THINGS = (
     (r"(down_blocks|up_blocks|conv_in|transformer_blocks|joint_blocks)\b.*(weight|bias)$", "a denoiser's weights"),
     (r"(text_model|encoder\.layers|encoder\.block|shared)\b.*weight$", "a text encoder's weights"),
 )
+OTHER_MODELS = (
+    (r"lora_unet_(input|output)_blocks_", "SDXL in its original block names"),
+    (r"lora_unet_(double|single)_blocks_", "Flux in its original names"),
+    (r"(lora_transformer|lycoris)_single_transformer_blocks_", "Flux"),
+)
 BASE_VERSIONS = (("sd3", "sd3"), ("sdxl", "sdxl"), ("sd_v1", "sd"), ("sd_v2", "sd"), ("sd_1", "sd"), ("sd_2", "sd"))
 ARCHITECTURES = (("stable-diffusion-v", "sd"), ("stable-diffusion-xl", "sdxl"), ("stable-diffusion-3", "sd3"))
 
@@ -60,8 +65,14 @@ class ParsedFile:
 
     @property
     def notes(self) -> list[str]:
-        """Return every module's notes, each once."""
-        return list(dict.fromkeys(note for module in self.modules for note in module.notes))
+        """Return every module's notes, each once, and one for all modules whose names nobody knows."""
+        notes = list(dict.fromkeys(note for module in self.modules for note in module.notes))
+        unknown = [module.raw_name for module in self.modules if module.path is None]
+        if unknown:
+            notes.append(
+                f"{len(unknown)} modules are layers of no known family{foreign(unknown)} (first: {unknown[0]})"
+            )
+        return notes
 
 
 def parse_file(path: str | Path) -> ParsedFile:
@@ -125,15 +136,21 @@ def looks_like(keys: Collection[str]) -> str:
     return "a safetensors file without a LoRA in it" if keys else "a safetensors file without any tensor"
 
 
+def foreign(names: Collection[str]) -> str:
+    """Return `, they look like those of SDXL ...` for names of a model that vislora does not know yet, or ''."""
+    for pattern, model in OTHER_MODELS:
+        if any(re.match(pattern, name) for name in names):
+            return f", they look like those of {model}"
+    return ""
+
+
 def unknown_file(parsed: ParsedFile) -> AdapterFileError:
     """Return the error for a file of which not one module was recognised."""
     keys = [key for part in parsed.parts for key in part.header.tensors]
     if parsed.modules:
         names = [module.raw_name for module in parsed.modules]
-        said = f", its metadata says {parsed.family}" if parsed.family else ""
-        title = (
-            f"{parsed.path}: none of its {len(names)} modules is a layer of a known model family{said}; for example:"
-        )
+        said = foreign(names) or (f", its metadata says {parsed.family}" if parsed.family else "")
+        title = f"{parsed.path}: none of its {len(names)} modules is a layer of a known model family{said}; it has:"
         return AdapterFileError(listed(title, names, limit=3))
     return AdapterFileError(listed(f"{parsed.path}: this is {looks_like(keys)}; it begins with:", keys, limit=3))
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from vislora.formats.contract import Format, Packed, Stored, folder_of
 from vislora.formats.names import FAMILY_NAMES, FOLDERS, Place, canonical, component_of
 from vislora.formats.parsed import ParsedModule, Part, collect, module_of
-from vislora.formats.peft_config import COMPONENT_KEY, METADATA_KEY, apply_config, make_config, read_metadata
+from vislora.formats.peft_config import COMPONENT_KEY, METADATA_KEY, apply_config, entries, make_config, read_metadata
 from vislora.formats.slots import PEFT_SUFFIXES
 
 if TYPE_CHECKING:
@@ -69,11 +69,9 @@ def pack(modules: list[Stored], family: str | None, metadata: dict[str, str]) ->
     packed = []
     for folder, members in by_folder.items():
         paths = {module.name: module.name.partition(f".{ROOT}")[2] for module in members}
-        tensors: dict[str, Tensor | float] = {
-            f"{ROOT}{paths[module.name]}.{PEFT.suffixes[slot]}": tensor
-            for module in members
-            for slot, tensor in module.tensors.items()
-        }
+        tensors: dict[str, Tensor | float] = {}
+        for module in members:
+            tensors.update(entries(module, f"{ROOT}{paths[module.name]}"))
         said = {"format": "pt", **kept, COMPONENT_KEY: members[0].component}
         config = make_config(members, paths, base.get(folder, {}))
         packed.append(Packed(tensors, said, folder if len(by_folder) > 1 else "", config))

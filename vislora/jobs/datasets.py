@@ -57,11 +57,10 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
     for line in [*found.notes, *bucket_notes(found.examples, buckets), *bucket_summary(buckets)]:
         yield Note(line)
     cache = Cache(data.cache or folder.root / "cache")
-    image_print = weights_fingerprint(family.pipeline.vae, dict(family.pipeline.vae.config))
     wanted = views(
         found.examples,
         buckets,
-        fingerprint=image_print,
+        fingerprint=_image_fingerprint(family),
         crop=data.crop,
         flip=data.flip,
         background=data.background_rgb,
@@ -75,6 +74,12 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
     dataset = TrainingSet(cache, wanted, keys, seed=config.seed, caption_dropout=data.caption_dropout)
     sampler = Sampler(buckets, plan.batch_size, config.seed, data.repeats)
     return Prepared(found.examples, buckets, dataset, sampler)
+
+
+def _image_fingerprint(family: Family) -> str:
+    """Return a hash over the VAE; what its config says of its own whereabouts (`_name_or_path`) does not enter."""
+    vae = family.pipeline.vae
+    return weights_fingerprint(vae, {key: value for key, value in vae.config.items() if not key.startswith("_")})
 
 
 def _text_fingerprint(family: Family) -> str:

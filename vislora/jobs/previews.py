@@ -24,7 +24,7 @@ def preview(family: Family, adapters: nn.Module, plan: Plan, captions: Sequence[
     side = max(step_px, plan.resolution // step_px * step_px)
     how = Sampling(traits.steps, traits.guidance_scale, side, side)
     adapters.eval()
-    images: list[Image.Image] = [image for batch in make_images(family, shots, how) for image in batch]
+    images: list[Image.Image] = [image for batch in make_images(family, shots, how, len(shots)) for image in batch]
     adapters.train()
     sheet = contact_sheet([images], [f"step {int(path.stem)}"], list(prompts))
     with replacing(path) as temporary:

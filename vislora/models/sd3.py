@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vislora.diffusion import Flow
-from vislora.models.base import Card, Traits, read_traits
+from vislora.models.base import Card, Traits, absent_parts, read_traits
 
 
 class StableDiffusion3:
@@ -40,7 +40,7 @@ class StableDiffusion3:
         """Load a diffusers folder."""
         from diffusers import StableDiffusion3Pipeline
 
-        pipeline = StableDiffusion3Pipeline.from_pretrained(path, dtype=dtype).to(device)
+        pipeline = StableDiffusion3Pipeline.from_pretrained(path, dtype=dtype, **absent_parts(path)).to(device)
         factor, patch = pipeline.vae_scale_factor, pipeline.transformer.config.patch_size
         resolution = pipeline.transformer.config.sample_size * factor
         return cls(pipeline, read_traits(path, pipeline, resolution, factor * patch, _tags(pipeline)))

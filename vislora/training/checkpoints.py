@@ -51,7 +51,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Return the state in `path`. Raises `VisloraError` when it is damaged, naming the next older one to try."""
     try:
         tensors = load_file(path / "state.safetensors")
-        return _join(json.loads((path / "state.json").read_text()), tensors)
+        state = _join(json.loads((path / "state.json").read_text()), tensors)
+        if not isinstance(state, dict):
+            raise TypeError("it holds no state")
+        return state
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise VisloraError(
             f"checkpoint {path} is damaged ({error}); delete that folder and run again: the one before it is used"
