@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from vislora import __version__, cli, console
+from vislora.bars import BarView
 from vislora.config.base import Section
 from vislora.errors import ConfigError
 from vislora.records import Done, Note, Progress, Record
@@ -153,7 +154,7 @@ def test_a_broken_off_job_leaves_its_last_state(capsys) -> None:
 
 def test_a_terminal_gets_bars_and_notes_above_them() -> None:
     terminal = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
-    with console.view(terminal) as screen:
+    with BarView(terminal) as screen:
         screen.progress(Progress("train [x]", 1, 4, {"loss": 0.5}))
         screen.note(Note("look [here]", "warning"))
         screen.progress(Progress("train [x]", 4, 4, {"loss": 0.25}))
@@ -163,6 +164,18 @@ def test_a_terminal_gets_bars_and_notes_above_them() -> None:
     assert "4/4" in told
     assert "loss 0.25" in told
     assert "warning: look [here]" in told
+
+
+def test_a_job_that_reports_nothing_on_the_way_needs_no_rich() -> None:
+    script = "import sys; from vislora import console; from vislora.records import Done; console.show([Done(1, 'x')])"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{script}; print('rich' in sys.modules)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "x\nFalse\n"
 
 
 def test_only_the_first_of_several_processes_speaks(monkeypatch, capsys) -> None:
