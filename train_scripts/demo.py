@@ -15,6 +15,7 @@ from vislora import console
 from vislora.config.toml import load as load_toml
 from vislora.config.train import TrainConfig
 from vislora.errors import VisloraError
+from vislora.jobs.inspect import as_text
 from vislora.jobs.train import run as run_train
 from vislora.reports.page import Part, polyline, write_page
 from vislora.reports.sheet import contact_sheet
@@ -99,14 +100,22 @@ def convert(adapter: Path) -> list[tuple[str, ...]]:
     return rows
 
 
+def training_pictures() -> Image.Image:
+    """Lay eight pictures of the folder out with their captions."""
+    files = sorted((ROOT / "samples" / STYLE).glob("*.png"))[::5][: len(SUBJECTS)]
+    captions = [path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in files]
+    return contact_sheet([[Image.open(path) for path in files]], [f"samples/{STYLE}"], captions, cell=128)
+
+
 def page(adapter: Path, sheet: Image.Image, table: list[tuple[str, ...]], minutes: float) -> None:
     """Write the page."""
     losses = [json.loads(line)["loss"] for line in (OUT / STYLE / "log.jsonl").read_text().splitlines()]
     parts = [
+        Part("Learned from 40 pictures such as these", image=training_pictures()),
         Part("Base, two styles, and both at once", "None of these subjects was in a training folder.", sheet),
         Part("Training loss", f"Mean over 20 steps, {len(losses)} steps.", curve=polyline(losses)),
         Part("One adapter, three formats", "Each file was loaded back and compared, module by module.", table=table),
-        Part("What is in the file", code=str(vislora.inspect(adapter))),
+        Part("What is in the file", code=as_text(vislora.inspect(adapter), metadata=False)),
         Part("The same by hand", code=COMMANDS),
     ]
     lead = f"Trained, generated and converted on this machine in {minutes:.1f} minutes, without a download."
@@ -114,7 +123,7 @@ def page(adapter: Path, sheet: Image.Image, table: list[tuple[str, ...]], minute
 
 
 COMMANDS = """vislora train --config samples/ink.toml --output runs/ink
-vislora generate --prompt "a fox, ink outline style" --sheet \\
+vislora generate --prompt "a fox, ink style" --sheet \\
     --adapter runs/ink/ink.safetensors:0.6 --adapter samples/adapters/outline.safetensors:0.6
 vislora convert runs/ink/ink.safetensors ink-diffusers.safetensors --to diffusers
 vislora inspect runs/ink/ink.safetensors"""
