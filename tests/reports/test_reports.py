@@ -18,7 +18,10 @@ def image(width, height, colour=(10, 20, 30), mode="RGB"):
 def test_a_sheet_has_a_cell_for_every_image():
     rows = [[image(10, 10), image(40, 20)], [image(200, 400)]]
     sheet = contact_sheet(rows, ["one", "two"], ["a", "b"], cell=96)
-    assert sheet.size == (120 + 2 * 100 + 4, 11 * 2 + 4 + 2 * 100 + 4)
+    head = round(11 * 1.4) + 2 * 4
+    assert sheet.size == (120 + 2 * 100 + 4, head + 2 * 100 + 4)
+    wordy = contact_sheet(rows, ["one", "two"], ["a", "a label that takes two lines"], cell=96)
+    assert wordy.height > sheet.height
     found = sheet.getcolors(1 << 20)
     assert sum(number for number, colour in found if colour == (10, 20, 30)) == pytest.approx(
         96 * 96 + 96 * 48 * 2, abs=300
