@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from vislora.data.scan import Example, scan
 from vislora.jobs.plan import Plan
 from vislora.jobs.run_folder import RunFolder
 from vislora.models.base import Family
-from vislora.models.sampling import vae_as
+from vislora.models.sampling import cut_off, vae_as
 from vislora.records import Note, Record
 
 
@@ -56,6 +56,7 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
     buckets = assign(found.examples, plan.resolution, step, max_aspect=data.max_aspect, upscale=data.upscale)
     for line in [*found.notes, *bucket_notes(found.examples, buckets), *bucket_summary(buckets)]:
         yield Note(line)
+    yield from _told(family, found.examples)
     cache = Cache(data.cache or folder.root / "cache")
     wanted = views(
         found.examples,
@@ -74,6 +75,14 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
     dataset = TrainingSet(cache, wanted, keys, seed=config.seed, caption_dropout=data.caption_dropout)
     sampler = Sampler(buckets, plan.batch_size, config.seed, data.repeats)
     return Prepared(found.examples, buckets, dataset, sampler)
+
+
+def _told(family: Family, examples: Sequence[Example]) -> Iterator[Note]:
+    """Say how many captions the base reads only in part."""
+    ends = cut_off(family, [example.caption for example in examples])
+    if ends:
+        text = f"{len(ends)} captions are too long for this base; the end of the first, not read: '{ends[0]}'"
+        yield Note(text, "warning")
 
 
 def _image_fingerprint(family: Family) -> str:

@@ -17,7 +17,7 @@ from vislora.jobs.prompts import Prompt, find_adapter, label_adapters, parse_ada
 from vislora.jobs.recipes import adapter_hash, read_recipe, save_png, threads, versions
 from vislora.jobs.studio import Job, Picture, Studio, free_numbers, make, open_studio
 from vislora.models.base import Family
-from vislora.models.sampling import Sampling, Shot, picture_step
+from vislora.models.sampling import Sampling, Shot, cut_off, picture_step
 from vislora.models.schedulers import scheduler_for
 from vislora.records import Done, Note, Progress, Record, result
 from vislora.reports.sheet import contact_sheet
@@ -46,6 +46,8 @@ def run(config: GenerateConfig) -> Iterator[Record]:
         for prompt in prompts
         for number in range(config.count)
     ]
+    for end in cut_off(studio.family, [config.negative_prompt, *(prompt.text for prompt in prompts)]):
+        yield Note(f"a prompt is too long for this base; not read: '{end}'", "warning")
     pictures: list[Picture] = []
     yield from _collect(make(studio, jobs, how, config.batch_size, config.output), pictures)
     lines = [str(picture.path) for picture in pictures]

@@ -42,12 +42,20 @@ def attach(
         raise AdapterMismatchError(listed(f"adapter '{name}' does not fit{_looks(adapter_file, family)}:", misfits))
     done: list[nn.Module] = []
     try:
-        for component, modules in by_component.items():
-            if component in missing:
-                continue
-            found = inject_modules(components[component], name, modules, strength, allow_partial)
-            done.append(components[component])
+        refused: list[AdapterMismatchError] = []
+        for component in (item for item in by_component if item not in missing):
+            modules = by_component[component]
+            try:
+                found = inject_modules(components[component], name, modules, strength, allow_partial)
+                done.append(components[component])
+            except AdapterMismatchError as error:
+                if not allow_partial:
+                    raise
+                refused.append(error)
+                found = [f"{module.path}: no module of this component fits" for module in modules]
             misfits += [f"{component}.{line}" for line in found]
+        if not done:
+            raise refused[0]
     except AdapterMismatchError as error:
         _undo(done, name)
         raise AdapterMismatchError(f"{error}{_looks(adapter_file, family)}") from None

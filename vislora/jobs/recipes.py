@@ -69,8 +69,10 @@ def read_recipe(path: Path) -> Recipe:
         fields["sampling"] = Sampling(**fields["sampling"])
         fields["batch"] = tuple(Shot(**shot) for shot in fields["batch"])
         fields["adapters"] = tuple(fields["adapters"])
-        return Recipe(**fields)
-    except (ValueError, TypeError, KeyError) as error:
+        recipe = Recipe(**fields)
+        _ = recipe.shot  # its place must be in the batch
+        return recipe
+    except (ValueError, TypeError, LookupError) as error:
         raise ConfigError(f"like: the recipe in {path} is damaged or of another version ({error})") from None
 
 

@@ -197,7 +197,7 @@ def _resolves(host: str) -> bool:
 
 def _loaded(family: type[Family], path: Path, dtype: torch.dtype, device: torch.device) -> Family:
     try:
-        with _quiet():
+        with quiet():
             loaded = family.load(path, dtype, device)
         _require_words(loaded.pipeline)
         loaded.pipeline.set_progress_bar_config(disable=True)
@@ -216,8 +216,8 @@ def _require_words(pipeline: Any) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep loading bars, and notes about packages that nothing here needs, off the screen; put them back after."""
+def quiet() -> Iterator[None]:
+    """Keep the libraries' loading bars and notes to developers off the screen; put them back after."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vislora.diffusion import Discrete
 from vislora.errors import ModelError
-from vislora.models.base import Card, Traits, read_traits
+from vislora.models.base import Card, Traits, quiet, read_traits
 
 
 class StableDiffusion:
@@ -52,7 +52,8 @@ class StableDiffusion:
 
     def encode_prompt(self, prompts: list[str]) -> dict[str, Tensor]:
         """Return `prompt_embeds` (batch, tokens, width)."""
-        embeds, _ = self.pipeline.encode_prompt(prompts, self.pipeline.device, 1, do_classifier_free_guidance=False)
+        with quiet():  # of captions that are too long: `sampling.cut_off` tells it once
+            embeds, _ = self.pipeline.encode_prompt(prompts, self.pipeline.device, 1, do_classifier_free_guidance=False)
         return {"prompt_embeds": embeds}
 
     def predict(self, noisy: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
