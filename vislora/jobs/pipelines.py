@@ -42,20 +42,13 @@ def attach(
         raise AdapterMismatchError(listed(f"adapter '{name}' does not fit{_looks(adapter_file, family)}:", misfits))
     done: list[nn.Module] = []
     try:
-        refused: list[AdapterMismatchError] = []
         for component in (item for item in by_component if item not in missing):
-            modules = by_component[component]
-            try:
-                found = inject_modules(components[component], name, modules, strength, allow_partial)
-                done.append(components[component])
-            except AdapterMismatchError as error:
-                if not allow_partial:
-                    raise
-                refused.append(error)
-                found = [f"{module.path}: no module of this component fits" for module in modules]
+            model, modules = components[component], by_component[component]
+            fits, found = _inject_what_fits(model, name, modules, strength, allow_partial)
+            done += [model] if fits else []
             misfits += [f"{component}.{line}" for line in found]
         if not done:
-            raise refused[0]
+            raise AdapterMismatchError(listed(f"nothing of adapter '{name}' fits:", misfits, limit=5))
     except AdapterMismatchError as error:
         _undo(done, name)
         raise AdapterMismatchError(f"{error}{_looks(adapter_file, family)}") from None
@@ -63,6 +56,18 @@ def attach(
         _undo(done, name)
         raise
     return misfits
+
+
+def _inject_what_fits(
+    model: nn.Module, name: str, modules: list[FileModule], strength: float, allow_partial: bool
+) -> tuple[bool, list[str]]:
+    """Inject a component and return what did not fit; one of which nothing fits is left out when that is allowed."""
+    try:
+        return True, inject_modules(model, name, modules, strength, allow_partial)
+    except AdapterMismatchError:
+        if not allow_partial:
+            raise
+        return False, [f"{module.path}: no module of this component fits" for module in modules]
 
 
 def set_strengths(pipeline: Any, strengths: Mapping[str, float]) -> None:
