@@ -19,7 +19,7 @@ from vislora.records import Done, Note, Progress, Record
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "numpy", "PIL", "diffusers", "transformers", "accelerate", "safetensors")
-PARSER = ("tyro", "pydantic", "rich")
+PARSER = ("argparse", "pydantic", "rich")
 
 SPY = """
 import sys

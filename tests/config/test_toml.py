@@ -9,7 +9,9 @@ from pydantic import Field, model_validator
 
 from vislora.config import toml
 from vislora.config.base import Section
+from vislora.config.convert import ConvertConfig
 from vislora.config.generate import GenerateConfig
+from vislora.config.inspect import InspectConfig
 from vislora.config.train import AdapterConfig, TargetConfig, TrainConfig
 from vislora.errors import ConfigError
 
@@ -55,6 +57,8 @@ def write(folder: Path, text: str) -> Path:
         ),
         TRAIN.model_copy(update={"loop": TRAIN.loop.model_copy(update={"min_snr_gamma": None})}),
         GenerateConfig(),
+        ConvertConfig(source=Path("a b.safetensors"), destination=Path("c"), to="peft", family="sd3"),
+        InspectConfig(path=Path("a"), json=True),
         GenerateConfig(prompt=("a", "b, c"), adapter=("x:0.5",), guidance_scale=7, seed=2**62, like=Path("x.png")),
     ],
 )

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
 from pydantic import Field
 
-from vislora.config.base import Section
+from vislora.config.base import Repeatable, Section
 
 
 class GenerateConfig(Section):
     """Make images with any number of stacked adapters. `<lora:name:0.8>` in a prompt adds one for that prompt."""
 
-    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    prompt: Repeatable[tuple[str, ...]] = ()
     """A prompt; repeat the flag for more."""
     prompts: Path | None = None
     """File with one prompt per line; empty lines and lines with # are passed over."""
-    adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    adapter: Repeatable[tuple[str, ...]] = ()
     """An adapter and its strength, `style.safetensors:0.8` (or a name found in --adapters); repeat for a stack."""
     adapters: tuple[Path, ...] = (Path("adapters"), Path("runs"))
     """Folders in which adapters are looked up by name."""

@@ -5,9 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from tyro.conf import Positional
-
-from vislora.config.base import Section
+from vislora.config.base import Positional, Section
 
 # pydantic warns of a field named as its long deprecated BaseModel.json; nothing here calls that
 warnings.filterwarnings("ignore", message='Field name "json"')
