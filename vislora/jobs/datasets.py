@@ -92,7 +92,7 @@ def _image_fingerprint(family: Family) -> str:
 
 
 def _text_fingerprint(family: Family) -> str:
-    """Return a hash over the text encoders and what their tokenizers make of a fixed sentence."""
+    """Return a hash over the text encoders and the vocabularies of their tokenizers."""
     digest = hashlib.sha256()
     for component, module in family.components.items():
         if component != "denoiser":
