@@ -12,7 +12,7 @@ from torch import nn
 from vislora import formats
 from vislora.errors import AdapterFileError, AdapterMismatchError, ConfigError, listed, nearest
 from vislora.formats.adapter_file import AdapterFile, AdapterModule
-from vislora.inject.injection import FileModule, inject_modules
+from vislora.inject.injection import FileModule, find_misfits, inject_modules
 from vislora.inject.injection import eject as eject_from
 from vislora.inject.stack import Stack, existing_stack, strength_in_range
 from vislora.models.base import components_of
@@ -39,7 +39,11 @@ def attach(
     missing = [component for component in by_component if component not in components]
     misfits = [f"{component}: this pipeline has no such component" for component in missing]
     if missing and (not allow_partial or len(missing) == len(by_component)):
-        raise AdapterMismatchError(listed(f"adapter '{name}' does not fit{_looks(adapter_file, family)}:", misfits))
+        for component in by_component.keys() & components.keys():
+            found = find_misfits(components[component], by_component[component])
+            misfits += [f"{component}.{line}" for line in found]
+        title = f"adapter '{name}' does not fit:{_looks(adapter_file, family)}"
+        raise AdapterMismatchError(listed(title, misfits, limit=len(missing) + 5))
     done: list[nn.Module] = []
     try:
         for component in (item for item in by_component if item not in missing):
