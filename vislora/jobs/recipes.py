@@ -112,10 +112,12 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def adapter_rows(paths: Mapping[str, Path], strengths: Mapping[str, float]) -> tuple[dict[str, Any], ...]:
+def adapter_rows(
+    paths: Mapping[str, Path], hashes: Mapping[str, str], strengths: Mapping[str, float]
+) -> tuple[dict[str, Any], ...]:
     """Return what a recipe says of a stack: name, path, hash and strength of each adapter that is not at zero."""
     return tuple(
-        {"name": name, "path": str(paths[name]), "sha256": adapter_hash(paths[name]), "strength": strength}
+        {"name": name, "path": str(paths[name]), "sha256": hashes[name], "strength": strength}
         for name, strength in sorted(strengths.items())
         if strength != 0.0
     )
