@@ -64,4 +64,4 @@ def drawn(
     """Return slots of the shapes of fresh ones, every one random: an adapter with an effect."""
     generator = torch.Generator().manual_seed(seed)
     slots = fresh(layer, algorithm, rank, tucker)
-    return {name: torch.randn(slot.shape, generator=generator).mul(0.3).to(slot.dtype) for name, slot in slots.items()}
+    return {name: (0.3 * torch.randn(slot.shape, generator=generator)).to(slot.dtype) for name, slot in slots.items()}

@@ -90,6 +90,8 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _run(name: str, arguments: list[str]) -> int:
+    # pydantic would look through every installed package for plugins of its own; the settings use none.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     # The imports wait until here: help must be quick, and a wrong flag must not cost the import of torch.
     from vislora.config import flags
 

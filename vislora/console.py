@@ -6,20 +6,9 @@ import os
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Protocol, Self
-
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as Bars
 
 from vislora.records import Done, Note, Progress, Record
 
@@ -30,9 +19,11 @@ class View(Protocol):
     """Where notes and progress are shown while a job runs."""
 
     def __enter__(self) -> Self: ...
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
     def note(self, note: Note) -> None:
         """Show one line."""
 
@@ -42,83 +33,41 @@ class View(Protocol):
 
 def show(records: Iterable[Record]) -> int:
     """Run a job to its end, show what it reports, and return its exit code."""
+    speaks = is_first_process()
     done = Done(None)
-    with view(Console(stderr=True)) as screen:
+    with ExitStack() as stack:
+        screen: View | None = None
         for record in records:
-            if isinstance(record, Note):
-                screen.note(record)
-            elif isinstance(record, Progress):
-                screen.progress(record)
-            else:
+            if isinstance(record, Done):
                 done = record
-    if done.summary and _is_first_process():
+            elif speaks:
+                screen = screen or stack.enter_context(view())
+                screen.note(record) if isinstance(record, Note) else screen.progress(record)
+    if done.summary and speaks:
         sys.stdout.write(done.summary.rstrip("\n") + "\n")
         sys.stdout.flush()
     return done.exit_code
 
 
-def view(console: Console) -> View:
-    """Return bars for a terminal, plain lines for a file or a pipe."""
-    console.quiet = not _is_first_process()
-    return BarView(console) if console.is_terminal else LineView(console)
+def view() -> View:
+    """Return bars when stderr is a terminal, plain lines when it is a file or a pipe."""
+    if not sys.stderr.isatty():
+        return LineView()
+    # A job that reports nothing on the way, such as inspect, does not wait for the import of rich.
+    from vislora.bars import BarView
+
+    return BarView()
 
 
-def figures(progress: Progress) -> str:
-    """Return the fields as text, numbers with four digits: `loss 0.1234  rate 0.001`."""
-    return "  ".join(
-        f"{name} {value:.4g}" if isinstance(value, (int, float)) else f"{name} {value}"
-        for name, value in progress.fields.items()
-    )
-
-
-class BarView:
-    """One bar per task, with its figures, the time passed and the time left; notes scroll by above."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._tasks: dict[str, TaskID] = {}
-        self._bars = Bars(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
-            console=console,
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._tasks:
-            self._bars.stop()
-
-    def note(self, note: Note) -> None:
-        """Print one line above the bars."""
-        _print(self._console, note)
-
-    def progress(self, progress: Progress) -> None:
-        """Move the bar of the task; the first record of a task adds its bar."""
-        if not self._tasks:
-            self._bars.start()
-        if progress.task not in self._tasks:
-            self._tasks[progress.task] = self._bars.add_task(escape(progress.task), figures="")
-        self._bars.update(
-            self._tasks[progress.task],
-            completed=progress.done,
-            total=progress.total,
-            figures=escape(figures(progress)),
-        )
+def is_first_process() -> bool:
+    """Say whether this is the process that speaks; launchers of several processes number them in RANK."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class LineView:
     """A plain line per task at most every ten seconds, and one at its end."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self) -> None:
         self._task = ""
         self._begun = self._written = 0.0
         self._waiting: Progress | None = None
@@ -133,10 +82,10 @@ class LineView:
 
     def note(self, note: Note) -> None:
         """Print one line."""
-        _print(self._console, note)
+        print(note.line, file=sys.stderr, flush=True)
 
     def progress(self, progress: Progress) -> None:
-        """Print the state of the task when it is new, ten seconds after the last line, and when it is done."""
+        """Print the state of the task ten seconds after the last line, and when it is done."""
         now = time.monotonic()
         if progress.task != self._task:
             self._flush()
@@ -153,24 +102,12 @@ class LineView:
         state, self._waiting = self._waiting, None
         seconds = self._written - self._begun
         left = seconds / state.done * (state.total - state.done) if state.done else 0.0
-        parts = [f"{state.task} {state.done}/{state.total}", figures(state), _clock(seconds)]
-        if left:
-            parts[-1] += f", {_clock(left)} left"
-        self._console.out("  ".join(part for part in parts if part), highlight=False)
-
-
-def _print(console: Console, note: Note) -> None:
-    prefix = "warning: " if note.level == "warning" else ""
-    style = "yellow" if note.level == "warning" else None
-    console.print(prefix + note.text, style=style, markup=False, highlight=False, soft_wrap=True)
+        clock = f"{_clock(seconds)}, {_clock(left)} left" if left else _clock(seconds)
+        parts = (f"{state.task} {state.done}/{state.total}", state.figures, clock)
+        print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def _is_first_process() -> bool:
-    """Say whether this is the process that speaks; launchers of several processes number them in RANK."""
-    return os.environ.get("RANK", "0") == "0"

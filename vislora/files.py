@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vislora.errors import VisloraError
+
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
 
 
 @contextmanager
@@ -31,9 +35,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         _remove(temporary)
         raise _explained(error, path) from error
-    except BaseException:
+    except BaseException as error:
         _remove(temporary)
-        raise
+        code = _os_error_in(error)
+        if code is None:
+            raise
+        raise _explained(OSError(code, os.strerror(code)), path) from error
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
@@ -56,6 +63,7 @@ def sha256(path: str | Path) -> str:
 def _sync(path: Path) -> None:
     files = [item for item in path.rglob("*") if item.is_file()] if path.is_dir() else [path]
     for file in files:
+        file.chmod(0o666 & ~_UMASK)  # writers that use a private temporary file leave it readable by its owner alone
         descriptor = os.open(file, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -78,6 +86,12 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _os_error_in(error: BaseException) -> int | None:
+    """safetensors wraps what the system said: `I/O error: No space left on device (os error 28)`."""
+    found = re.search(r"\(os error (\d+)\)$", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(found[1]) if found else None
 
 
 def _explained(error: OSError, path: Path) -> VisloraError:

@@ -14,6 +14,11 @@ class Note:
     text: str
     level: str = "info"
 
+    @property
+    def line(self) -> str:
+        """The text, with a word before it when it is a warning."""
+        return f"warning: {self.text}" if self.level == "warning" else self.text
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -23,6 +28,14 @@ class Progress:
     done: int
     total: int
     fields: dict[str, float | str] = field(default_factory=dict)
+
+    @property
+    def figures(self) -> str:
+        """The fields as text, numbers with four digits: `loss 0.1234  rate 0.001`."""
+        return "  ".join(
+            f"{name} {value}" if isinstance(value, str) else f"{name} {value:.4g}"
+            for name, value in self.fields.items()
+        )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import random
@@ -16,6 +17,9 @@ from tests.inject.helpers import Picture, file_modules, loaded, require_equal_st
 from vislora.errors import ConfigError
 from vislora.inject.injection import eject, inject_modules, merge, unmerge
 from vislora.inject.stack import existing_stack, stack_of
+
+# the last block of an MM-DiT throws the text's half of its attention away
+UNUSED = {"sd3": {"transformer_blocks/1/attn/add_q_proj:up"}}
 
 NAMES = pytest.mark.parametrize("name", tiny.MODELS)
 
@@ -41,8 +45,8 @@ def test_a_fresh_adapter_leaves_the_output_bit_equal_and_the_base_frozen(name):
     if name == "clip":
         next(model.parameters()).requires_grad_(False)
     picture = Picture.of(model)
-    # torch takes other kernels for weights that need a gradient
-    before = tiny.output(tiny.model(name).requires_grad_(False), name)
+    # a frozen copy: torch multiplies frozen matrices in another way, and T5 shows it in the last bit
+    before = tiny.output(copy.deepcopy(model).requires_grad_(False), name)
     adapters = training(model, name)
     after = tiny.output(model, name)
     assert torch.equal(after, before)
@@ -50,9 +54,8 @@ def test_a_fresh_adapter_leaves_the_output_bit_equal_and_the_base_frozen(name):
     after.square().sum().backward()
     ups = {key: p for key, p in adapters.named_parameters() if key.endswith("up")}
     assert len(ups) == len(adapters.trained)
-    without = [key for key, parameter in ups.items() if parameter.grad is None or parameter.grad.abs().max() == 0]
-    # SD3's last block throws the context's half of the attention away
-    assert without == (["transformer_blocks/1/attn/add_q_proj:up"] if name == "sd3" else [])
+    idle = {key for key, p in ups.items() if p.grad is None or not p.grad.any()}
+    assert idle == UNUSED.get(name, set())
     eject(model, "fresh")
     picture.require_same(model)
 

@@ -113,9 +113,8 @@ def test_layers_with_a_forward_of_their_own_and_one_byte_weights_stay_unmerged()
             return 2 * super().forward(input)
 
     model = nn.Sequential(Doubled(6, 6), nn.Linear(6, 6), nn.Linear(6, 6))
-    modules = file_modules(model, "cnn")
     model[2].weight.data = model[2].weight.data.to(torch.float8_e4m3fn)
-    inject_modules(model, "a", modules)
+    inject_modules(model, "a", file_modules(model, "cnn"))
     merge(model)
     assert [state_of(layer).merged is not None for layer in model] == [False, True, False]
     assert {slot.dtype for slot in state_of(model[2]).adapters["a"].slots.values()} == {torch.float32}

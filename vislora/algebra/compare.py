@@ -64,19 +64,20 @@ class Comparison:
 def compare(a: AdapterFile, b: AdapterFile) -> Comparison:
     """Pair the modules of two adapters by component and path and compare their deltas.
 
-    A module in one of them only is a difference unless its delta is zero. Raises `AdapterFileError` for a module of a
-    kind that is not supported yet.
+    DoRA modules are compared by their two parts, the delta before the magnitude and the magnitude, for no base weight
+    is at hand. A module in one adapter only is a difference unless its delta is zero. Raises `AdapterFileError` for a
+    module of a kind that is not supported yet.
     """
     result = Comparison()
     first, second = _by_layer(a), _by_layer(b)
     for key, module in first.items():
         if key in second:
-            result.modules.append(_difference(module.name, a.delta(module), b.delta(second[key])))
-        elif a.delta(module).any():
+            result.modules.append(_difference(module, second[key]))
+        elif _acts(module):
             result.missing.append(module.name)
         else:
             result.modules.append(Difference(module.name, 0.0, 0.0))
-    result.extra = [module.name for key, module in second.items() if key not in first and b.delta(module).any()]
+    result.extra = [module.name for key, module in second.items() if key not in first and _acts(module)]
     return result
 
 
@@ -92,12 +93,44 @@ def _keyed(adapter_file: AdapterFile) -> Iterator[tuple[tuple[str, str], Adapter
         yield (module.component, module.path or module.raw_name), module
 
 
-def _difference(name: str, a: Tensor, b: Tensor) -> Difference:
-    if a.shape != b.shape:
-        return Difference(name, float("inf"), float("inf"), f"shape {list(a.shape)} became {list(b.shape)}")
-    apart = a - b
-    largest = float(apart.abs().max()) if apart.numel() else 0.0
-    if largest == 0.0:
+def _acts(module: AdapterModule) -> bool:
+    return module.magnitude is not None or bool(module.direction().any())
+
+
+def _magnitudes(first: AdapterModule, second: AdapterModule) -> list[tuple[Tensor, Tensor]]:
+    if first.magnitude is None or second.magnitude is None:
+        return []
+    return [(first.magnitude.flatten(), second.magnitude.flatten())]
+
+
+def _equal_parts(first: AdapterModule, second: AdapterModule) -> bool:
+    """Say whether both have the same numbers and scale: then so have the deltas, and large ones need not be built."""
+    if (first.algo, first.scale) != (second.algo, second.scale) or first.tensors.keys() != second.tensors.keys():
+        return False
+    pairs = [(tensor, second.tensors[slot]) for slot, tensor in first.tensors.items()]
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs + _magnitudes(first, second))
+
+
+def _difference(first: AdapterModule, second: AdapterModule) -> Difference:
+    name = first.name
+    if (first.magnitude is None) != (second.magnitude is None) or first.magnitude_axis != second.magnitude_axis:
+        return Difference(name, float("inf"), float("inf"), "one has a magnitude (DoRA), the other not the same")
+    if _equal_parts(first, second):
         return Difference(name, 0.0, 0.0)
-    norm = float(torch.linalg.vector_norm(a))
-    return Difference(name, largest, float(torch.linalg.vector_norm(apart)) / norm if norm else float("inf"))
+    pairs = [(first.direction(), second.direction())]
+    pairs += [(one.to(torch.float64), two.to(torch.float64)) for one, two in _magnitudes(first, second)]
+    for a, b in pairs:
+        if a.shape != b.shape:
+            return Difference(name, float("inf"), float("inf"), f"shape {list(a.shape)} became {list(b.shape)}")
+    return Difference(name, max(_largest(*pair) for pair in pairs), max(_relative(*pair) for pair in pairs))
+
+
+def _largest(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max()) if a.numel() else 0.0
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    apart, norm = float(torch.linalg.vector_norm(a - b)), float(torch.linalg.vector_norm(a))
+    if apart == 0.0:
+        return 0.0
+    return apart / norm if norm else float("inf")

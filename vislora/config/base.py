@@ -5,11 +5,18 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vislora.errors import ConfigError, nearest
+
+T = TypeVar("T")
+POSITIONAL, REPEATABLE = "positional", "repeatable"
+Positional = Annotated[T, POSITIONAL]
+"""A setting that the command line takes without a flag."""
+Repeatable = Annotated[T, REPEATABLE]
+"""A list whose flag is repeated for every item."""
 
 
 class Section(BaseModel):
@@ -48,7 +55,9 @@ def _problems(cls: type[Section], error: ValidationError, partial: bool = False)
         if partial and (item["type"] == "missing" or _is_rule_of_section(item)):
             continue
         path = ".".join(str(part) for part in loc) or "(all)"
-        if item["type"] == "extra_forbidden":
+        if item["type"] == "missing":
+            yield from (f"{name}: required, but not given" for name in _required(path, _section_at(cls, loc)))
+        elif item["type"] == "extra_forbidden":
             section = _section_at(cls, loc[:-1])
             yield f"{path}: unknown setting{nearest(str(loc[-1]), section.model_fields if section else ())}"
         else:
@@ -56,6 +65,12 @@ def _problems(cls: type[Section], error: ValidationError, partial: bool = False)
             got = item["input"]
             shown = f" (got {got!r})" if isinstance(got, (str, int, float, bool)) and loc else ""
             yield f"{path}: {message}{shown}"
+
+
+def _required(path: str, section: type[Section] | None) -> list[str]:
+    """Return the paths of what is missing at `path`: of a whole section, the settings that it cannot do without."""
+    fields = section.model_fields if section else {}
+    return [f"{path}.{name}" for name, field in fields.items() if field.is_required()] or [path]
 
 
 def _is_rule_of_section(item: Mapping[str, Any]) -> bool:

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
-from tyro.conf import Positional
 
-from vislora.config.base import Section
+from vislora.config.base import Positional, Section
 
 
 class ConvertConfig(Section):

@@ -1,58 +1,49 @@
-"""Command-line flags from the settings of a job: defaults < TOML (`--config FILE`) < flags."""
+"""Command-line flags from the settings of a job: defaults < TOML (`--config FILE`) < flags.
+
+Only names and the shape of the command line are read here. Values stay text: the settings themselves turn them into
+numbers and paths, so that one validation tells all problems at once.
+"""
 
 from __future__ import annotations
 
+import argparse
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
-import tyro
-from pydantic import TypeAdapter
-from tyro.constructors import (
-    ConstructorRegistry,
-    PrimitiveConstructorSpec,
-    StructConstructorSpec,
-    StructFieldSpec,
-    StructTypeInfo,
-)
+from pydantic.fields import FieldInfo
 
 from vislora.config import toml
-from vislora.config.base import Section
+from vislora.config.base import POSITIONAL, REPEATABLE, Section
 from vislora.errors import ConfigError, listed, nearest
 
 S = TypeVar("S", bound=Section)
 
 SHORT = "A flag can be shortened to its last part when only one ends so: --rank for --adapter.rank."
-CONFIG = StructFieldSpec(
-    name="config",
-    type=Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")],  # type: ignore[arg-type]
-    default=None,
-    helptext="TOML file of settings, under the names of these flags: `[adapter] rank = 8` is --adapter.rank 8. "
-    "Flags win over it. Relative paths start at the working directory, in the file too.",
+CONFIG = (
+    "TOML file of settings, under the names of these flags{example}. Flags win over it. "
+    "Relative paths start at the working directory, in the file too."
 )
+REQUIRED = " (required)"
+EXAMPLE = ": `[adapter] rank = 8` is --adapter.rank 8"
 
 
 def parse(cls: type[S], arguments: Sequence[str], prog: str) -> S:
     """Return the settings that `arguments` ask for.
 
     Raises `ConfigError` with all problems of the TOML file, of the flags' names, or of the values.
-    Exits with tyro's own message when a value cannot be read, and after `--help`.
+    Prints the help page and exits after `--help`; its defaults are those of the file, if one is given.
     """
     arguments = spelled_out(cls, arguments)
     path = _config_file(arguments)
     values = toml.read(path, cls) if path else {}
-    registry = ConstructorRegistry()
-    registry.struct_rule(lambda info: _struct(info, (CONFIG,) if info.type is cls else ()))
-    # A repeatable flag would add to the file's list: a setting that a flag names forgets what the file says.
-    defaults = _defaults(cls, _without(values, _named(cls, arguments)))
-    has_sections = any("." in name for name in _options(cls))
-    about = f"{cls.__doc__}\n\n{SHORT}" if has_sections else cls.__doc__
-    settings: Any = tyro.cli(cls, prog=prog, description=about, args=arguments, default=defaults, registry=registry)
-    settings.pop("config")
-    return cls.of(settings, where=f"{path} and flags" if path else "settings")
+    given = vars(_parser(cls, values, prog).parse_args(arguments))
+    given.pop("config", None)
+    where = f"{path} and flags" if path else "settings"
+    return cls.of(_overlaid(values, given), where=where)
 
 
 def spelled_out(cls: type[Section], arguments: Sequence[str]) -> list[str]:
@@ -60,7 +51,7 @@ def spelled_out(cls: type[Section], arguments: Sequence[str]) -> list[str]:
 
     Raises `ConfigError` with every unknown or ambiguous name.
     """
-    options = _options(cls)
+    options = ["--help", "--config", *(option for name, field in toml.flat(cls) for option in _options(name, field))]
     result, problems = [], []
     for argument in arguments:
         name, equals, value = argument.partition("=")
@@ -77,8 +68,8 @@ def spelled_out(cls: type[Section], arguments: Sequence[str]) -> list[str]:
     return result
 
 
-def _matches(name: str, options: Mapping[str, str]) -> list[str]:
-    if not name.startswith("--") or name == "--" or name.startswith("--tyro-"):
+def _matches(name: str, options: Sequence[str]) -> list[str]:
+    if not name.startswith("--") or name == "--":
         return [name]
     name = name.replace("_", "-")
     return [name] if name in options else [option for option in options if _last(option) == name[2:]]
@@ -88,18 +79,12 @@ def _last(option: str) -> str:
     return option.removeprefix("--").rpartition(".")[2]
 
 
-def _options(cls: type[Section]) -> dict[str, str]:
-    """Return every long flag and the dotted name of its setting: `--data.no-flip` -> `data.flip`."""
-    options = {"--help": "", "--config": ""}
-    for name, field in toml.flat(cls):
-        if tyro.conf.Positional in field.metadata:
-            continue
-        option = "--" + name.replace("_", "-")
-        options[option] = name
-        if field.annotation is bool:
-            head, dot, last = option[2:].rpartition(".")
-            options[f"--{head}{dot}no-{last}"] = name
-    return options
+def _options(name: str, field: FieldInfo) -> list[str]:
+    """Return the flags of a setting: `data.flip` has `--data.flip` and `--data.no-flip`, a positional one has none."""
+    if POSITIONAL in field.metadata:
+        return []
+    head, dot, last = name.replace("_", "-").rpartition(".")
+    return [f"--{head}{dot}{prefix}{last}" for prefix in (("", "no-") if field.annotation is bool else ("",))]
 
 
 def _config_file(arguments: Sequence[str]) -> str | None:
@@ -111,97 +96,144 @@ def _config_file(arguments: Sequence[str]) -> str | None:
     return None
 
 
-def _named(cls: type[Section], arguments: Sequence[str]) -> set[str]:
-    options = _options(cls)
-    return {options[name] for argument in arguments if (name := argument.partition("=")[0]) in options}
+def _overlaid(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested `values` with the dotted names of `given` put over them."""
+    result = {name: _overlaid(value, {}) if isinstance(value, Mapping) else value for name, value in values.items()}
+    for dotted, value in given.items():
+        *sections, name = dotted.split(".")
+        place = result
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
+    return result
 
 
-def _without(values: Mapping[str, Any], names: set[str], prefix: str = "") -> dict[str, Any]:
-    return {
-        name: _without(value, names, f"{prefix}{name}.") if isinstance(value, Mapping) else value
-        for name, value in values.items()
-        if prefix + name not in names
-    }
+class _Parser(argparse.ArgumentParser):
+    """Tells its errors as ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; `{self.prog} --help` lists all flags")
 
 
-def _defaults(cls: type[S], values: Mapping[str, Any]) -> S:
-    """Return settings to show as defaults: those of the file, else of the class; tyro's MISSING for required ones."""
-    found: dict[str, Any] = {}
-    hints = typing.get_type_hints(cls, include_extras=True)
+class _Switch(argparse.Action):
+    """`--data.flip` stores True, `--data.no-flip` False."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        setattr(namespace, self.dest, option == self.option_strings[0])
+
+
+def _parser(cls: type[Section], values: Mapping[str, Any], prog: str) -> _Parser:
+    """Build the parser; what is not on the command line is absent from its result."""
+    has_sections = any(toml.section_of(field) for field in cls.model_fields.values())
+    parser = _Parser(
+        prog=prog,
+        usage=" ".join([prog, *_required(cls), "[options]"]),
+        description=cls.__doc__,
+        epilog=SHORT if has_sections else None,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=8),
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    about = CONFIG.format(example=EXAMPLE if has_sections else "")
+    parser.add_argument("--config", metavar="FILE", type=Path, help=about)
+    _add(cls, parser, parser, values)
+    return parser
+
+
+def _required(cls: type[Section]) -> Iterator[str]:
+    """Yield what the usage line says of each setting without a default."""
+    for name, field in toml.flat(cls):
+        if field.is_required():
+            yield " ".join([*_options(name, field), name.upper() if POSITIONAL in field.metadata else _metavar(field)])
+
+
+def _add(cls: type[Section], parser: _Parser, group: Any, values: Mapping[str, Any], prefix: str = "") -> None:
+    """Add the settings of a section to `group`, then a group of its own for each section in it."""
+    for name, field in cls.model_fields.items():
+        if toml.section_of(field) is None:
+            _add_setting(group, prefix + name, field, _shown(field, values.get(name)))
     for name, field in cls.model_fields.items():
         section = toml.section_of(field)
         if section is not None:
-            found[name] = _defaults(section, values.get(name, {}))
-        elif name in values:
-            found[name] = (
-                values[name] if _is_tables(hints[name]) else TypeAdapter(hints[name]).validate_python(values[name])
-            )
-        else:
-            found[name] = tyro.MISSING if field.is_required() else field.get_default(call_default_factory=True)
-    return cls.model_construct(**found)
+            inner = parser.add_argument_group(f"{prefix}{name} options", field.description)
+            _add(section, parser, inner, values.get(name, {}), f"{prefix}{name}.")
 
 
-def _struct(info: StructTypeInfo, extra: Sequence[StructFieldSpec]) -> StructConstructorSpec | None:
-    """Tell tyro to build plain dictionaries of sections: one validation then names all problems with their paths."""
-    cls: Any = info.type
-    if not (isinstance(cls, type) and issubclass(cls, Section)):
-        return None
-
-    def instantiate(**values: Any) -> dict[str, Any]:
-        return values
-
-    instantiate.__doc__ = cls.__doc__
-    hints = typing.get_type_hints(cls, include_extras=True)
-    fields = [
-        StructFieldSpec(
-            name=name,
-            type=_flag_type(hints[name], getattr(info.default, name)),
-            default=getattr(info.default, name),
-            helptext=field.description,
-        )
-        for name, field in cls.model_fields.items()
-    ]
-    return StructConstructorSpec(instantiate=instantiate, fields=(*extra, *fields))
+def _add_setting(group: Any, name: str, field: FieldInfo, shown: str) -> None:
+    about = f"{field.description or ''}{shown}".replace("%", "%%")
+    if POSITIONAL in field.metadata:
+        group.add_argument(name, metavar=name.upper(), nargs=None if shown == REQUIRED else "?", help=about)
+        return
+    keywords: dict[str, Any] = {"dest": name, "help": about}
+    if field.annotation is bool:
+        keywords |= {"action": _Switch, "nargs": 0}
+    else:
+        keywords |= {"metavar": _metavar(field), "type": _reader(field)}
+        if REPEATABLE in field.metadata:
+            keywords["action"] = "append"
+        elif _is_list(field):
+            keywords["nargs"] = "*"
+    group.add_argument(*_options(name, field), **keywords)
 
 
-def _flag_type(hint: Any, default: Any) -> Any:
-    """Return the type with what the help page shows: no None in the placeholder, no default that says nothing."""
-    shown: dict[str, Any] = {} if default else {"help_behavior_hint": _default_worth_showing}
-    some = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
-    if typing.get_origin(hint) in (types.UnionType, typing.Union) and len(some) == 1:
-        shown["metavar"] = _placeholder(some[0])
-    kind = Annotated[tuple, _TABLES] if _is_tables(hint) else hint
-    return Annotated[kind, tyro.conf.arg(**shown)] if shown else kind
+def _shown(field: FieldInfo, from_file: Any) -> str:
+    """Return what the help page says of the default: nothing, when there is none worth showing."""
+    if from_file is None and field.is_required():
+        return REQUIRED
+    default = field.get_default(call_default_factory=True) if from_file is None else from_file
+    if default is None or default in ("", (), []):
+        return ""
+    if isinstance(default, bool):
+        return f" (default: {'on' if default else 'off'})"
+    return f" (default: {' '.join(map(str, default)) if isinstance(default, (tuple, list)) else default})"
 
 
-def _default_worth_showing(default: str) -> str:
-    return "" if default in ("", "None", "''") else f"(default: {default})"
+def _reader(field: FieldInfo) -> Any:
+    """Return the function that reads one word of a flag."""
+    if _is_tables(field):
+        return _table
+    kinds = _alternatives(field)
+    allows_none = types.NoneType in typing.get_args(field.annotation)
+    return _text_or_none if allows_none and not {str, Path} & set(kinds) else str
 
 
-def _placeholder(kind: Any) -> str:
-    if typing.get_origin(kind) is Annotated:
-        kind = typing.get_args(kind)[0]
+def _text_or_none(text: str) -> str | None:
+    return None if text.lower() == toml.NONE else text
+
+
+def _table(text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(f"table = {text}")["table"]
+    except tomllib.TOMLDecodeError:
+        example = '{pattern = "*.to_k", rank = 4}'
+        raise argparse.ArgumentTypeError(f"expected inline TOML tables such as '{example}', got {text!r}") from None
+
+
+def _metavar(field: FieldInfo) -> str:
+    if _is_tables(field):
+        return "'{KEY = VALUE, ...}'"
+    kind = _alternatives(field)[0]
     if typing.get_origin(kind) is Literal:
         return "{" + ",".join(map(str, typing.get_args(kind))) + "}"
-    return str(getattr(kind, "__name__", kind)).upper()
+    return {int: "INT", float: "FLOAT", Path: "PATH"}.get(kind, "TEXT")
 
 
-def _is_tables(hint: Any) -> bool:
+def _alternatives(field: FieldInfo) -> list[Any]:
+    """Return the types that a word of the flag may have: `tuple[Path, ...]` -> Path, `float | None` -> float."""
+    kind = field.annotation
+    if typing.get_origin(kind) in (types.UnionType, typing.Union, tuple):
+        kinds = [item for item in typing.get_args(kind) if item not in (types.NoneType, ...)]
+    else:
+        kinds = [kind]
+    return [typing.get_args(item)[0] if typing.get_origin(item) is Annotated else item for item in kinds]
+
+
+def _is_list(field: FieldInfo) -> bool:
+    return typing.get_origin(field.annotation) is tuple
+
+
+def _is_tables(field: FieldInfo) -> bool:
     """Say whether a setting is a list of sections, `[[adapter.targets]]` in TOML."""
-    return any(isinstance(kind, type) and issubclass(kind, Section) for kind in typing.get_args(hint))
-
-
-def _tables(texts: list[str]) -> tuple[Any, ...]:
-    try:
-        return tuple(tomllib.loads(f"table = {text}")["table"] for text in texts)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"expected inline TOML tables such as '{{pattern = \"*.to_k\", rank = 4}}': {error}") from None
-
-
-_TABLES = PrimitiveConstructorSpec(
-    nargs="*",
-    metavar="'{KEY = VALUE, ...}' ...",
-    instance_from_str=_tables,
-    is_instance=lambda instance: isinstance(instance, (tuple, list)),
-    str_from_instance=lambda instance: [str(item) for item in instance],
-)
+    return _is_list(field) and any(
+        isinstance(kind, type) and issubclass(kind, Section) for kind in _alternatives(field)
+    )

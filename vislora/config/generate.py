@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
 from pydantic import Field
 
-from vislora.config.base import Section
+from vislora.config.base import Repeatable, Section
 
 
 class GenerateConfig(Section):
     """Make images with any number of stacked adapters. `<lora:name:0.8>` in a prompt adds one for that prompt."""
 
-    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    prompt: Repeatable[tuple[str, ...]] = ()
     """A prompt; repeat the flag for more."""
     prompts: Path | None = None
     """File with one prompt per line; empty lines and lines with # are passed over."""
-    adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    adapter: Repeatable[tuple[str, ...]] = ()
     """An adapter and its strength, `style.safetensors:0.8` (or a name found in --adapters); repeat for a stack."""
     adapters: tuple[Path, ...] = (Path("adapters"), Path("runs"))
     """Folders in which adapters are looked up by name."""
@@ -45,7 +44,7 @@ class GenerateConfig(Section):
     batch_size: int = Field(1, ge=1, le=1024)
     """Images made at once."""
     sheet: bool = False
-    """Also make each image with the base and with each adapter alone, and lay all out in `sheet.png`."""
+    """Also make each image with the base and each adapter alone, and lay them out in `sheet.png` (`sheet-2.png`)."""
     like: Path | None = None
     """Repeat the image of this PNG from its recipe; other settings but --output and --device are not used."""
     allow_partial: bool = False

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
-from tyro.conf import Positional
+from vislora.config.base import Positional, Section
 
-from vislora.config.base import Section
+# pydantic warns of a field named as its long deprecated BaseModel.json; nothing here calls that
+warnings.filterwarnings("ignore", message='Field name "json"')
 
 
 class InspectConfig(Section):

@@ -60,8 +60,8 @@ class OptimizerConfig(Section):
 
     name: str = "adamw"
     """adamw, adam, adafactor, sgd; or a name of pytorch-optimizer (prodigy, came, lion, ...; extra `optimizers`)."""
-    learning_rate: float = Field(1e-3, gt=0, le=10)
-    """Peak learning rate."""
+    learning_rate: float | None = Field(None, gt=0, le=10)
+    """Peak learning rate. Default: the base's, 1e-4 for real models."""
     text_encoder_learning_rate: float | None = Field(None, gt=0, le=10)
     """Peak rate of the text encoders' adapters. Default: half of the learning rate."""
     weight_decay: float = Field(0.01, ge=0)
@@ -77,10 +77,10 @@ class OptimizerConfig(Section):
 class LoopConfig(Section):
     """The training loop."""
 
-    steps: int = Field(600, ge=1)
-    """Optimizer steps."""
-    batch_size: int = Field(8, ge=1)
-    """Images per device and forward pass."""
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps. Default: the base's, 1500 for real models."""
+    batch_size: int | None = Field(None, ge=1)
+    """Images per device and forward pass. Default: the base's, 1 for real models."""
     gradient_accumulation: int = Field(1, ge=1)
     """Forward passes per optimizer step."""
     gradient_checkpointing: bool = False
@@ -108,7 +108,7 @@ class SampleConfig(Section):
     """One image per prompt. Default: the captions of the first four images."""
     negative_prompt: str = ""
     """What the samples should not show."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the first sample; the next ones count up."""
 
 
@@ -125,7 +125,7 @@ class TrainConfig(Section):
     """File format of the adapter: kohya, diffusers, peft."""
     save_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Precision of the tensors in the adapter file; alpha stays exact."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of every random draw: the same command gives the same adapter on the same machine."""
     resume: bool = False
     """Go on from the last checkpoint in the run folder."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vislora.algorithms.base import Algorithm, Rule, scale_of
+from vislora.algorithms.dora import Axis, decomposed
 from vislora.errors import AdapterFileError, listed, nearest
 from vislora.formats.parsed import Slice
 from vislora.registry import ALGORITHMS
@@ -34,7 +35,7 @@ class AdapterModule:
     rule: Rule = "alpha/r"
     raw_name: str = ""
     magnitude: Tensor | None = None
-    magnitude_axis: str | None = None
+    magnitude_axis: Axis | None = None
     bias: Tensor | None = None
     target: Slice | None = None
     group: str | None = None
@@ -47,7 +48,17 @@ class AdapterModule:
 
     @property
     def algorithm(self) -> Algorithm:
-        """Return the algorithm that gives these slots their meaning. Raises `AdapterFileError` when there is none yet."""
+        """Return the algorithm that alone gives this module its meaning.
+
+        Raises `AdapterFileError` when there is none yet, and for DoRA: there the algorithm is only a part of it.
+        """
+        if self.magnitude is not None:
+            raise AdapterFileError(f"not supported yet: '{self.name}' is of kind dora ({self.algo} with a magnitude)")
+        return self.direction_algorithm
+
+    @property
+    def direction_algorithm(self) -> Algorithm:
+        """Return the algorithm that knows these slots, whatever magnitude is on top. Raises `AdapterFileError`."""
         why = self.unsupported
         if why:
             raise AdapterFileError(f"not supported yet: '{self.name}' is {why}")
@@ -56,17 +67,17 @@ class AdapterModule:
 
     @property
     def unsupported(self) -> str:
-        """Return what this module is if its meaning is not known: `of kind loha`; empty when all is well."""
+        """Return what this module is if its meaning is not known: `of kind oft`; empty when all is well."""
         if self.algo not in ALGORITHMS or not ALGORITHMS[self.algo].matches(frozenset(self.tensors)):
             return f"of kind {self.algo}"
-        if self.magnitude is not None:
-            return f"of kind dora ({self.algo} with a magnitude)"
+        if self.magnitude is not None and "embedding_down" in self.tensors:
+            return "of kind dora on an embedding"
         return f"of kind {self.algo} with a bias" if self.bias is not None else ""
 
     @property
     def rank(self) -> int:
         """Return the rank of the tensors."""
-        return self.algorithm.rank(self.tensors)
+        return self.direction_algorithm.rank(self.tensors)
 
     @property
     def scale(self) -> float:
@@ -76,7 +87,12 @@ class AdapterModule:
     @property
     def shape(self) -> tuple[int, ...]:
         """Return the shape of the delta, which is that of the base weight."""
-        return self.algorithm.shape(self.tensors)
+        return self.direction_algorithm.shape(self.tensors)
+
+    def direction(self) -> Tensor:
+        """Return the change of the base weight before any magnitude, in float64 and in the base weight's shape."""
+        exact = {slot: tensor.to(torch.float64) for slot, tensor in self.tensors.items()}
+        return self.direction_algorithm.delta(exact, self.scale, None)
 
 
 @dataclass(frozen=True)
@@ -116,12 +132,17 @@ class AdapterFile:
     def delta(self, module: AdapterModule | str, base: Tensor | None = None) -> Tensor:
         """Return the change of the base weight that `module` makes, in float64 and in the base weight's shape.
 
-        `module`: one of `modules`, or its raw name or path. `base`: the base weight, for algorithms that depend on it.
-        Raises `AdapterFileError` for a kind that is not supported yet.
+        `module`: one of `modules`, or its raw name or path. `base`: the base weight, which DoRA depends on.
+        Raises `AdapterFileError` for a kind that is not supported yet, and for DoRA without `base`.
         """
         module = self.find(module) if isinstance(module, str) else module
-        exact = {slot: tensor.to(torch.float64) for slot, tensor in module.tensors.items()}
-        return module.algorithm.delta(exact, module.scale, None if base is None else base.to(torch.float64))
+        direction = module.direction()
+        if module.magnitude is None:
+            return direction if base is None else direction.view(base.shape)
+        if base is None:
+            raise AdapterFileError(f"'{module.name}' has a magnitude (DoRA): its delta depends on the base weight")
+        base, magnitude = base.to(torch.float64), module.magnitude.to(torch.float64)
+        return decomposed(base, direction.view(base.shape), magnitude, module.magnitude_axis or "out")
 
 
 def not_supported(modules: list[AdapterModule]) -> list[str]:

@@ -19,11 +19,11 @@ def problems(modules: Iterable[ParsedModule]) -> list[str]:
 def _faults(module: ParsedModule) -> list[str]:
     if module.alpha is not None and not math.isfinite(module.alpha):
         return [f"alpha is {module.alpha}"]
+    if not module.refs and module.bias is None:
+        return ["it has an alpha and nothing else"]
     missing = missing_slots(module.algo, module.refs)
     if missing:
-        return [
-            f"incomplete, it lacks {' and '.join(missing)} (it has {', '.join(sorted(module.refs)) or 'only alpha'})"
-        ]
+        return [f"incomplete, it lacks {' and '.join(missing)} (it has {', '.join(sorted(module.refs))})"]
     if module.algo != "lora":
         return []
     odd = [
@@ -54,6 +54,9 @@ def _lora_faults(module: ParsedModule) -> list[str]:
     if any(size != 1 for size in up[2:]) or (mid is not None and any(size != 1 for size in down[2:])):
         return [f"a projection should have kernel size 1: {shown}"]
     ranks = (down[0], up[1]) if mid is None else (mid[1], mid[0])
+    wanted = up[0] if module.magnitude_axis == "out" else down[1]
+    if module.magnitude is not None and math.prod(module.magnitude.shape) != wanted:
+        return [f"its magnitude {list(module.magnitude.shape)} does not fit: {shown}"]
     if (down[0], up[1]) != ranks or (mid is None and down[0] != up[1]):
         return [f"its tensors do not share a rank: {shown}"]
     return []

@@ -28,6 +28,8 @@ class Stored:
     rank: int
     alpha: float
     rule: str
+    magnitude: Tensor | None = None
+    magnitude_axis: str | None = None
 
 
 @dataclass
@@ -49,7 +51,8 @@ class Format:
     parse(part, keys): the modules of these keys, which are all claimed.
     place(component, path, family): where a layer is stored, or None when the format has no name for it.
     suffixes: slot -> end of key; a slot that is not among them cannot be written.
-    pack(modules, family, metadata): the files to write.
+    pack(modules, family, metadata): the files to write. zero_alpha: what an alpha of 0 means to its readers.
+    magnitudes: where DoRA may be - on any module, per output or input; or on all of a component, per output.
     """
 
     name: str
@@ -59,6 +62,8 @@ class Format:
     place: Callable[[str, str, str | None], Place | None]
     suffixes: Mapping[str, str]
     pack: Callable[[list[Stored], str | None, dict[str, str]], list[Packed]]
+    zero_alpha: Literal["no effect", "rank"] = "no effect"
+    magnitudes: Literal["any", "all, per output"] = "all, per output"
 
     def matches(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
         """Say whether any of these keys is this format's. `metadata` is only a hint and never decides."""

@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vislora.errors import AdapterFileError, listed
 from vislora.formats.container import open_parts
-from vislora.formats.contract import Format
+from vislora.formats.contract import Format, folder_of
 from vislora.formats.names import family_of_paths
 from vislora.formats.parsed import ParsedModule, Part, Ref
-from vislora.formats.peft_config import METADATA_KEY, write_metadata
+from vislora.formats.peft_config import COMPONENT_KEY, METADATA_KEY, write_metadata
 from vislora.registry import FORMATS
 
 BUNDLE = "bundle_emb."
@@ -40,6 +41,11 @@ OTHER_THINGS = (
     (r"(down_blocks|up_blocks|conv_in|transformer_blocks|joint_blocks)\b.*(weight|bias)$", "a denoiser's weights"),
     (r"(text_model|encoder\.layers|encoder\.block|shared)\b.*weight$", "a text encoder's weights"),
 )
+OTHER_MODELS = (
+    (r"lora_unet_(input|output)_blocks_", "SDXL in its original block names"),
+    (r"lora_unet_(double|single)_blocks_", "Flux in its original names"),
+    (r"(lora_transformer|lycoris)_single_transformer_blocks_", "Flux"),
+)
 BASE_VERSIONS = (("sd3", "sd3"), ("sdxl", "sdxl"), ("sd_v1", "sd"), ("sd_v2", "sd"), ("sd_1", "sd"), ("sd_2", "sd"))
 ARCHITECTURES = (("stable-diffusion-v", "sd"), ("stable-diffusion-xl", "sdxl"), ("stable-diffusion-3", "sd3"))
 
@@ -59,8 +65,14 @@ class ParsedFile:
 
     @property
     def notes(self) -> list[str]:
-        """Return every module's notes, each once."""
-        return list(dict.fromkeys(note for module in self.modules for note in module.notes))
+        """Return every module's notes, each once, and one for all modules whose names nobody knows."""
+        notes = list(dict.fromkeys(note for module in self.modules for note in module.notes))
+        unknown = [module.raw_name for module in self.modules if module.path is None]
+        if unknown:
+            notes.append(
+                f"{len(unknown)} modules are layers of no known family{foreign(unknown)} (first: {unknown[0]})"
+            )
+        return notes
 
 
 def parse_file(path: str | Path) -> ParsedFile:
@@ -84,8 +96,11 @@ def parse_file(path: str | Path) -> ParsedFile:
             left -= _keys_used(found)
         extras += [Ref.of(part, key) for key in sorted(left)]
     best = votes.most_common(1)[0][0] if modules else None
-    metadata = _metadata(parts)
-    return ParsedFile(path, parts, best, family_of(modules, metadata), modules, embeddings, extras, metadata)
+    metadata = {key: value for part in parts for key, value in part.header.metadata.items()}
+    family = family_of(modules, metadata)
+    if any(part.config is not None for part in parts):
+        metadata = _with_configs(metadata, parts, modules, family)
+    return ParsedFile(path, parts, best, family, modules, embeddings, extras, metadata)
 
 
 def family_of(modules: Iterable[ParsedModule], metadata: Mapping[str, str]) -> str | None:
@@ -121,15 +136,21 @@ def looks_like(keys: Collection[str]) -> str:
     return "a safetensors file without a LoRA in it" if keys else "a safetensors file without any tensor"
 
 
+def foreign(names: Collection[str]) -> str:
+    """Return `, they look like those of SDXL ...` for names of a model that vislora does not know yet, or ''."""
+    for pattern, model in OTHER_MODELS:
+        if any(re.match(pattern, name) for name in names):
+            return f", they look like those of {model}"
+    return ""
+
+
 def unknown_file(parsed: ParsedFile) -> AdapterFileError:
     """Return the error for a file of which not one module was recognised."""
     keys = [key for part in parsed.parts for key in part.header.tensors]
     if parsed.modules:
         names = [module.raw_name for module in parsed.modules]
-        said = f", its metadata says {parsed.family}" if parsed.family else ""
-        title = (
-            f"{parsed.path}: none of its {len(names)} modules is a layer of a known model family{said}; for example:"
-        )
+        said = foreign(names) or (f", its metadata says {parsed.family}" if parsed.family else "")
+        title = f"{parsed.path}: none of its {len(names)} modules is a layer of a known model family{said}; it has:"
         return AdapterFileError(listed(title, names, limit=3))
     return AdapterFileError(listed(f"{parsed.path}: this is {looks_like(keys)}; it begins with:", keys, limit=3))
 
@@ -158,15 +179,17 @@ def _keys_used(modules: Iterable[ParsedModule]) -> set[str]:
     return used
 
 
-def _metadata(parts: list[Part]) -> dict[str, str]:
-    """Join the parts' metadata; PEFT's configs are kept in the form that diffusers has for them."""
-    metadata: dict[str, str] = {}
-    for part in parts:
-        metadata.update(part.header.metadata)
-    configs = {part.folder: part.config for part in parts if part.config is not None and part.folder}
-    if configs:
-        metadata[METADATA_KEY] = write_metadata(configs)
-    return metadata
+def _with_configs(
+    metadata: Mapping[str, str], parts: list[Part], modules: list[ParsedModule], family: str | None
+) -> dict[str, str]:
+    """Return the metadata with PEFT's configs in the form that diffusers has for them."""
+    configs: dict[str, Mapping[str, Any]] = {}
+    for module in modules:
+        part = next((ref.part for ref in module.refs.values()), None)
+        if part is not None and part.config is not None:
+            configs.setdefault(folder_of(module.component, family, module.path or ""), part.config)
+    kept = {key: value for key, value in metadata.items() if key != COMPONENT_KEY}
+    return {**kept, METADATA_KEY: write_metadata(configs)}
 
 
 def _looks_like_sdxl(modules: Iterable[ParsedModule]) -> bool:

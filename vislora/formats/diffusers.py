@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from vislora.formats.contract import Format, Packed, Stored, folder_of
 from vislora.formats.names import FOLDERS, Place, canonical, component_of
 from vislora.formats.parsed import ParsedModule, Part, collect, module_of
-from vislora.formats.peft_config import METADATA_KEY, apply_config, make_config, read_metadata, write_metadata
+from vislora.formats.peft_config import METADATA_KEY, apply_config, entries, make_config, read_metadata, write_metadata
 from vislora.formats.slots import PEFT_SUFFIXES, split_key
 
 if TYPE_CHECKING:
@@ -56,8 +56,7 @@ def pack(modules: list[Stored], family: str | None, metadata: dict[str, str]) ->
     by_folder: dict[str, list[Stored]] = {}
     for module in modules:
         by_folder.setdefault(module.name.partition(".")[0], []).append(module)
-        for slot, tensor in module.tensors.items():
-            tensors[f"{module.name}.{DIFFUSERS.suffixes[slot]}"] = tensor
+        tensors.update(entries(module, module.name))
     base = read_metadata(metadata)
     paths = {module.name: module.name.partition(".")[2] for module in modules}
     configs = {folder: make_config(members, paths, base.get(folder, {})) for folder, members in by_folder.items()}

@@ -20,15 +20,16 @@ from vislora.formats.contract import Stored
 
 def stored(name: str, module: AdapterModule, swapped: bool = False) -> Stored:
     """Return `module` as it will stand in the file. `swapped`: with the halves of its output rows exchanged."""
-    tensors = dict(module.tensors)
+    tensors, magnitude = dict(module.tensors), module.magnitude
     if swapped:
         if "up" not in tensors or tensors["up"].shape[0] % 2:
             raise AdapterFileError(f"'{module.name}' has no two halves of output rows to exchange")
-        first, second = tensors["up"].chunk(2)
-        tensors["up"] = torch.cat([second, first])
-    rank = module.rank
-    alpha = float(rank) if module.alpha is None else module.alpha
-    return Stored(module.component, name, module.algo, tensors, rank, alpha, module.rule)
+        tensors["up"] = _halves_exchanged(tensors["up"])
+        if magnitude is not None and module.magnitude_axis == "out":
+            magnitude = _halves_exchanged(magnitude.flatten())
+    made = Stored(module.component, name, module.algo, tensors, module.rank, _alpha(module), module.rule)
+    made.magnitude, made.magnitude_axis = magnitude, module.magnitude_axis
+    return made
 
 
 def fuse(name: str, members: Sequence[AdapterModule | None]) -> Stored:
@@ -38,16 +39,30 @@ def fuse(name: str, members: Sequence[AdapterModule | None]) -> Stored:
     """
     present = [member for member in members if member is not None]
     _check(name, present)
+    fused = _stacked(name, members, present) if _shared(present) else _block_diagonal(name, members, present)
+    magnitudes = [member.magnitude.flatten() for member in present if member.magnitude is not None]
+    if magnitudes:
+        if len(magnitudes) < len(members) or any(member.magnitude_axis == "in" for member in present):
+            raise AdapterFileError(f"'{name}' cannot be fused: all its parts need a magnitude (DoRA) per output")
+        fused.magnitude, fused.magnitude_axis = torch.cat(magnitudes), "out"
+    return fused
+
+
+def _halves_exchanged(tensor: Tensor) -> Tensor:
+    first, second = tensor.chunk(2)
+    return torch.cat([second, first])
+
+
+def _alpha(module: AdapterModule) -> float:
+    return float(module.rank) if module.alpha is None else module.alpha
+
+
+def _stacked(name: str, members: Sequence[AdapterModule | None], present: Sequence[AdapterModule]) -> Stored:
     first = present[0]
-    if _shared(present):
-        rows = first.tensors["up"].shape[0]
-        zeros = first.tensors["up"].new_zeros(rows, *first.tensors["up"].shape[1:])
-        up = torch.cat([zeros if member is None else member.tensors["up"] for member in members])
-        alpha = float(first.rank) if first.alpha is None else first.alpha
-        return Stored(
-            first.component, name, first.algo, {"down": first.tensors["down"], "up": up}, first.rank, alpha, first.rule
-        )
-    return _block_diagonal(name, members, present)
+    zeros = torch.zeros_like(first.tensors["up"])
+    up = torch.cat([zeros if member is None else member.tensors["up"] for member in members])
+    tensors = {"down": first.tensors["down"], "up": up}
+    return Stored(first.component, name, first.algo, tensors, first.rank, _alpha(first), first.rule)
 
 
 def _check(name: str, present: Sequence[AdapterModule]) -> None:

@@ -1,6 +1,7 @@
 """The two hashes that A1111 and kohya's tools know a LoRA by.
 
-Spec: sd-scripts library/train_util.py, precalculate_safetensors_hashes. Both are over a file with the tensors and only the `ss_` metadata in it, so that a user's notes do not change them.
+Spec: sd-scripts library/train_util.py, precalculate_safetensors_hashes. Both are over a file with the tensors and only
+the `ss_` metadata in it, so that a user's notes do not change them.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ BITS = {
 SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B"}
 PICKLE_ADVICE = (
     "it is a pickle, and opening a pickle can run any code that is hidden in it, so vislora never does; if you "
-    "trust it, write its tensors to a .safetensors file: safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW)"
+    "trust it, write its tensors to a .safetensors file: "
+    "safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW)"
 )
 
 

@@ -53,7 +53,6 @@ def parse(part: Part, keys: list[str]) -> list[ParsedModule]:
         if found is None:
             prefix = flat_prefix(raw_name) or ""
             module.component = COMPONENTS.get(prefix, f"unknown:{prefix.rstrip('_')}")
-            module.notes.append(f"'{raw_name}' is no layer of a known family")
             modules.append(module)
             continue
         names, module.component, leads = found
@@ -79,6 +78,10 @@ def pack(modules: list[Stored], family: str | None, metadata: dict[str, str]) ->
     for module in modules:
         for slot, tensor in module.tensors.items():
             tensors[f"{module.name}.{KOHYA.suffixes[slot]}"] = tensor
+        if module.magnitude is not None:
+            ones = [1] * (module.tensors["up"].dim() - 1)
+            shape = (-1, *ones) if module.magnitude_axis == "out" else (1, -1, *ones[1:])
+            tensors[f"{module.name}.dora_scale"] = module.magnitude.reshape(shape)
         root = module.rule == "alpha/sqrt(r)"
         tensors[f"{module.name}.alpha"] = module.alpha * module.rank**0.5 if root else module.alpha
     kept = {key: value for key, value in metadata.items() if key not in NOT_KEPT}
@@ -93,7 +96,7 @@ def _read_zero_alpha(module: ParsedModule) -> None:
 
 
 def _resolved(module: ParsedModule, lead: Found) -> ParsedModule:
-    """Return `module` at the path where its name leads, its output rows cut or swapped as the reference tree has them."""
+    """Return `module` at the path where its name leads, its output rows cut or swapped as the reference tree has it."""
     if lead.part is None and not _swapped(module, lead):
         return replace(module, path=lead.path)
     slot = ROW_SLOTS.get(module.algo)
@@ -165,4 +168,6 @@ KOHYA = Format(
     place=place,
     suffixes=KOHYA_SUFFIXES,
     pack=pack,
+    zero_alpha="rank",
+    magnitudes="any",
 )

@@ -23,7 +23,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Part:
-    """One safetensors file of an adapter. `folder`: its sub-folder, named as its component; `config`: adapter_config.json."""
+    """One safetensors file of an adapter. `folder`: its component's sub-folder; `config`: adapter_config.json."""
 
     path: Path
     header: Header

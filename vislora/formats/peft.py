@@ -13,17 +13,15 @@ import re
 from typing import TYPE_CHECKING
 
 from vislora.formats.contract import Format, Packed, Stored, folder_of
-from vislora.formats.names import FOLDERS, Place, canonical, component_of
+from vislora.formats.names import FAMILY_NAMES, FOLDERS, Place, canonical, component_of
 from vislora.formats.parsed import ParsedModule, Part, collect, module_of
-from vislora.formats.peft_config import METADATA_KEY, apply_config, make_config, read_metadata
+from vislora.formats.peft_config import COMPONENT_KEY, METADATA_KEY, apply_config, entries, make_config, read_metadata
 from vislora.formats.slots import PEFT_SUFFIXES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ROOT = "base_model.model."
-# in the header of adapter_model.safetensors, which PEFT does not look at: a lone folder does not say what it is for
-COMPONENT_KEY = "vislora.component"
 _PREFIX = re.compile(rf"(?:({'|'.join(FOLDERS)})\.)?(?:base_model\.model\.)+(?:({'|'.join(FOLDERS)})\.)?")
 
 
@@ -39,9 +37,9 @@ def parse(part: Part, keys: list[str]) -> list[ParsedModule]:
         module = module_of(part, raw_name, slots)
         found = _PREFIX.match(raw_name)
         path = raw_name[found.end() :] if found else raw_name
-        folder = part.folder or (found and (found[1] or found[2])) or ""
+        folder = part.folder or (found[1] or found[2] if found else "") or ""
         said = part.header.metadata.get(COMPONENT_KEY) if part.config is not None else None
-        module.component = said or component_of(folder, path)
+        module.component = said if said and said in FOLDERS.values() else component_of(folder, path)
         module.path = canonical(path) if module.component.startswith("te:clip") else path
         if part.config is not None:
             apply_config(module, path, part.config)
@@ -52,8 +50,13 @@ def parse(part: Part, keys: list[str]) -> list[ParsedModule]:
 
 
 def place(component: str, path: str, family: str | None) -> Place | None:
-    """Return `<component>.base_model.model.<path>`; the component becomes the folder. Any path can be written."""
-    return Place(f"{folder_of(component, family, path)}.{ROOT}{path}")
+    """Return `<component>.base_model.model.<path>`; the component becomes the folder. Any path can be written.
+
+    PEFT matches a folder's names exactly, so they are those of the module tree of today's transformers.
+    """
+    names = FAMILY_NAMES.get(family or "")
+    flat = names is not None and component in names.flattened
+    return Place(f"{folder_of(component, family, path)}.{ROOT}{path.removeprefix('text_model.') if flat else path}")
 
 
 def pack(modules: list[Stored], family: str | None, metadata: dict[str, str]) -> list[Packed]:
@@ -66,11 +69,9 @@ def pack(modules: list[Stored], family: str | None, metadata: dict[str, str]) ->
     packed = []
     for folder, members in by_folder.items():
         paths = {module.name: module.name.partition(f".{ROOT}")[2] for module in members}
-        tensors: dict[str, Tensor | float] = {
-            f"{ROOT}{paths[module.name]}.{PEFT.suffixes[slot]}": tensor
-            for module in members
-            for slot, tensor in module.tensors.items()
-        }
+        tensors: dict[str, Tensor | float] = {}
+        for module in members:
+            tensors.update(entries(module, f"{ROOT}{paths[module.name]}"))
         said = {"format": "pt", **kept, COMPONENT_KEY: members[0].component}
         config = make_config(members, paths, base.get(folder, {}))
         packed.append(Packed(tensors, said, folder if len(by_folder) > 1 else "", config))

@@ -12,13 +12,19 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vislora.errors import AdapterFileError
 from vislora.formats.contract import Stored
 from vislora.formats.parsed import ParsedModule
+from vislora.formats.slots import PEFT_SUFFIXES
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 METADATA_KEY = "lora_adapter_metadata"
+# in the header of adapter_model.safetensors, which PEFT does not look at: a lone folder does not say what it is for
+COMPONENT_KEY = "vislora.component"
 LONGEST_PATTERN = 500
 DEFAULTS = {"peft_type": "LORA", "task_type": None, "bias": "none", "inference_mode": True, "lora_dropout": 0.0}
 
@@ -60,6 +66,18 @@ def apply_config(module: ParsedModule, path: str, config: Mapping[str, Any]) -> 
     module.rule = "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r"
 
 
+def entries(module: Stored, name: str) -> dict[str, Tensor]:
+    """Return the tensors of `module` under PEFT's keys, which begin with `name`.
+
+    The magnitude is (out,) for a linear layer, (1, out, 1, 1) for a conv.
+    """
+    found = {f"{name}.{PEFT_SUFFIXES[slot]}": tensor for slot, tensor in module.tensors.items()}
+    if module.magnitude is not None:
+        ones = module.tensors["up"].dim() - 2
+        found[f"{name}.lora_magnitude_vector"] = module.magnitude.reshape((1, -1, *[1] * ones) if ones else (-1,))
+    return found
+
+
 def make_config(modules: Iterable[Stored], paths: Mapping[str, str], base: Mapping[str, Any]) -> dict[str, Any]:
     """Return the LoraConfig of one component, `base` with r, lora_alpha and their patterns made exact.
 
@@ -80,7 +98,7 @@ def make_config(modules: Iterable[Stored], paths: Mapping[str, str], base: Mappi
         "alpha_pattern": {_anchored(path): value for path, value in alphas.items() if value != alpha},
         "target_modules": sorted(path.removeprefix("text_model.") for path in ranks),
         "use_rslora": roots,
-        "use_dora": False,
+        "use_dora": any(module.magnitude is not None for module in modules),
         "lora_bias": False,
     }
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vislora.algorithms.base import Rule
+from vislora.algorithms.dora import Axis
 from vislora.errors import AdapterFileError, listed
 from vislora.formats.adapter_file import AdapterFile, AdapterModule, SourceInfo
 from vislora.formats.checks import problems
@@ -103,7 +104,7 @@ def _module(item: ParsedModule, reader: _Reader) -> AdapterModule:
         rule=cast(Rule, item.rule),
         raw_name=item.raw_name,
         magnitude=reader.read(item.magnitude) if item.magnitude else None,
-        magnitude_axis=item.magnitude_axis,
+        magnitude_axis=cast("Axis | None", item.magnitude_axis),
         bias=reader.read(item.bias) if item.bias else None,
         target=item.target,
         group=item.group,

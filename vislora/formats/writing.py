@@ -28,14 +28,13 @@ STALE_WHEN_REWRITTEN = ("modelspec.hash_sha256",)
 
 @dataclass(frozen=True)
 class Loss:
-    """Something that a format cannot hold. `names`: the modules or tensors; `reason`: why."""
+    """Something that a format cannot hold. `reason`: why, with `{}` for how many; `names`: of modules or tensors."""
 
     reason: str
     names: tuple[str, ...]
 
     def __str__(self) -> str:
-        more = f" and {len(self.names) - 1} more" if len(self.names) > 1 else ""
-        return f"{self.reason}: {self.names[0]}{more}"
+        return f"{self.reason.format(len(self.names))} (first: {self.names[0]})"
 
 
 def save(adapter_file: AdapterFile, path: str | Path, format: str) -> None:
@@ -72,24 +71,39 @@ def unwritable(adapter_file: AdapterFile, format: str) -> list[Loss]:
         reason = why_unwritable(module, form, family)
         if reason:
             reasons.setdefault(reason, []).append(module.name)
+    if form.magnitudes != "any":
+        for module in _bare_among_dora(adapter_file.modules):
+            reasons.setdefault(
+                f"{{}} modules without DoRA: {form.name} has it on all modules of a component or on none", []
+            ).append(module.name)
     if adapter_file.embeddings:
-        reasons[f"embeddings have no place in a {format} adapter yet"] = list(adapter_file.embeddings)
+        reasons[f"{{}} embeddings, which have no place in a {format} adapter yet"] = list(adapter_file.embeddings)
     if adapter_file.extras:
-        reasons["tensors that belong to no module"] = list(adapter_file.extras)
-    return [Loss(_counted(reason, names), tuple(names)) for reason, names in reasons.items()]
+        reasons["{} tensors that belong to no module"] = list(adapter_file.extras)
+    return [Loss(reason, tuple(names)) for reason, names in reasons.items()]
+
+
+def _bare_among_dora(modules: list[AdapterModule]) -> list[AdapterModule]:
+    """Return the modules without a magnitude in a component where others have one."""
+    dora = {module.component for module in modules if module.magnitude is not None}
+    return [module for module in modules if module.component in dora and module.magnitude is None]
 
 
 def why_unwritable(module: AdapterModule, form: Format, family: str | None) -> str:
-    """Return why `form` cannot hold `module`, or '' when it can."""
+    """Return why `form` cannot hold `module`, with `{}` for the number of such modules, or '' when it can."""
     if module.unsupported:
-        return f"not supported yet: modules {module.unsupported}"
+        return f"not supported yet: {{}} modules {module.unsupported}"
     if module.path is None:
-        return "names that no model family knows"
+        return "{} modules whose names no model family has"
     if form.place(module.component, module.path, family) is None:
-        model = f"of family '{family}'" if family else "of an unknown family (name it with the setting `family`)"
-        return f"no {form.name} name for these layers {model}"
+        model = f"family '{family}'" if family else "an unknown family (name it with the setting `family`)"
+        return f"{{}} modules without a {form.name} name in {model}"
+    if module.alpha == 0.0 and form.zero_alpha == "rank":
+        return f"{{}} modules with alpha 0, which means alpha = rank in {form.name} files"
+    if form.magnitudes != "any" and module.magnitude is not None and module.magnitude_axis == "in":
+        return f"{{}} modules with DoRA per input, which {form.name} files do not have"
     slots = sorted(set(module.tensors) - set(form.suffixes))
-    return f"{form.name} files have no slot for {' and '.join(slots)}" if slots else ""
+    return f"{{}} modules with {' and '.join(slots)}, for which {form.name} files have no slot" if slots else ""
 
 
 def family_for_writing(adapter_file: AdapterFile) -> str | None:
@@ -100,42 +114,26 @@ def family_for_writing(adapter_file: AdapterFile) -> str | None:
 
 def lay_out(modules: Iterable[AdapterModule], form: Format, family: str | None) -> list[Stored]:
     """Rename modules as `form` has them, fusing and swapping rows where its names stand for other layers."""
-    found: list[Stored] = []
+    singles: dict[str, Stored] = {}
     fused: dict[str, list[AdapterModule | None]] = {}
-    order: list[tuple[str, Stored | None]] = []
+    order: dict[str, None] = {}
     for module in modules:
         place = form.place(module.component, module.path or "", family)
         if place is None:
             raise AdapterFileError(f"{form.name} has no name for '{module.name}'")
+        index, count = place.part or (0, 1)
+        taken = fused.setdefault(place.name, [None] * count)
+        if taken[index] is not None:
+            raise AdapterFileError(f"several modules would be written as '{place.name}'")
+        taken[index] = module
+        order[place.name] = None
         if place.part is None:
-            order.append((place.name, stored(place.name, module, _swapped(module, place))))
-            continue
-        index, count = place.part
-        if place.name not in fused:
-            order.append((place.name, None))
-        fused.setdefault(place.name, [None] * count)[index] = module
-    for name, single in order:
-        found.append(fuse(name, fused[name]) if single is None else single)
-    twice = (
-        {item.name for item in found if sum(other.name == item.name for other in found) > 1}
-        if _repeats(found)
-        else set()
-    )
-    if twice:
-        raise AdapterFileError(f"several modules would be written as '{min(twice)}'")
-    return found
-
-
-def _repeats(found: list[Stored]) -> bool:
-    return len({item.name for item in found}) < len(found)
+            singles[place.name] = stored(place.name, module, _swapped(module, place))
+    return [singles[name] if name in singles else fuse(name, fused[name]) for name in order]
 
 
 def _swapped(module: AdapterModule, place: Place) -> bool:
     return place.swap == "always" or (place.swap != "never" and has_two_rows_per_input(module.tensors))
-
-
-def _counted(reason: str, names: list[str]) -> str:
-    return reason.replace("modules", f"{len(names)} modules", 1) if "modules " in reason else reason
 
 
 def _check_destination(path: Path, form: Format) -> None:
@@ -153,6 +151,19 @@ def _write_file(packed: Packed, path: Path) -> None:
     if "sshs_model_hash" in metadata or "sshs_legacy_hash" in metadata:
         metadata.update(training_hashes(tensors, metadata))
     safetensors.torch.save_file(tensors, path, metadata)
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata in order of its keys: safetensors writes it in another order every time."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+        entries["__metadata__"] = dict(sorted(entries.get("__metadata__", {}).items()))
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def _write_folder(packed: Packed, folder: Path) -> None:
@@ -163,11 +174,14 @@ def _write_folder(packed: Packed, folder: Path) -> None:
 
 def _plain(entries: dict[str, Tensor | float]) -> dict[str, Tensor]:
     """Return what safetensors takes: on the CPU, contiguous, no memory shared; a float becomes a float32 scalar."""
-    tensors = {
-        key: torch.tensor(value, dtype=torch.float32)
-        if isinstance(value, float | int)
-        else value.detach().cpu().contiguous()
-        for key, value in entries.items()
-    }
+    tensors = {key: _tensor(key, value) for key, value in entries.items()}
     shared = same_storage(tensors)
     return {key: tensor.clone() if key in shared else tensor for key, tensor in tensors.items()}
+
+
+def _tensor(key: str, value: Tensor | float) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().cpu().contiguous()
+    if not abs(value) <= torch.finfo(torch.float32).max:
+        raise AdapterFileError(f"'{key}' is {value}, which float32 cannot hold")
+    return torch.tensor(value, dtype=torch.float32)

@@ -106,6 +106,12 @@ def inject_modules(
     return misfits
 
 
+def find_misfits(model: nn.Module, modules: list[FileModule]) -> list[str]:
+    """Return what of a file would not fit `model`, as "path: reason"; nothing is injected."""
+    with _changing(model) as stack:
+        return _fitted(stack, modules)[1]
+
+
 def eject(model: nn.Module, name: str) -> None:
     """Take the adapter `name` out of `model`: classes, module tree and weights are as before, bit for bit."""
     with _changing(model) as stack:
@@ -210,15 +216,15 @@ def _fitted(stack: Stack, modules: list[FileModule]) -> tuple[dict[str, LayerAda
 
 
 def _misfit(layer: nn.Module | None, module: FileModule) -> str | None:
-    if layer is None:
-        return "the model has no such layer"
-    spec = LayerSpec.of(layer)
-    assert spec is not None  # the index of the stack holds only such layers
     algorithm: Algorithm = ALGORITHMS[module.algorithm]
     try:
         shape = algorithm.shape(module.slots)
     except AdapterFileError as error:
         return str(error)
+    if layer is None:
+        return f"the model has no such layer (the adapter's delta is {tuple(shape)})"
+    spec = LayerSpec.of(layer)
+    assert spec is not None  # the index of the stack holds only such layers
     if _without_ones(shape) != _without_ones(spec.weight_shape):
         return f"the adapter's delta is {tuple(shape)}, the layer's weight {tuple(spec.weight_shape)}"
     kinds = algorithm.kinds(module.slots)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from vislora.config.train import TrainConfig
 from vislora.data.buckets import Bucket
 from vislora.data.dataset import counts
 from vislora.data.scan import Example, dataset_hash
@@ -17,6 +16,7 @@ from vislora.formats.adapter_file import AdapterFile, AdapterModule
 from vislora.formats.names import canonical
 from vislora.inject.injection import AdapterSet
 from vislora.jobs.devices import DTYPES
+from vislora.jobs.plan import Plan
 from vislora.jobs.recipes import versions
 from vislora.models.base import Family
 
@@ -32,9 +32,7 @@ class Trained:
     started: float
 
 
-def adapter_file(
-    adapters: Mapping[str, AdapterSet], config: TrainConfig, trained: Trained, name: str, step: int
-) -> AdapterFile:
+def adapter_file(adapters: Mapping[str, AdapterSet], plan: Plan, trained: Trained, name: str, step: int) -> AdapterFile:
     """Return the adapter as it is now, tensors copied."""
     modules = [
         AdapterModule(
@@ -42,7 +40,7 @@ def adapter_file(
             path=canonical(path) if component.startswith("te:clip") else path,
             raw_name="",
             algo=meta.algorithm,
-            tensors={slot: tensor.to(DTYPES[config.save_precision]) for slot, tensor in slots.items()},
+            tensors={slot: tensor.to(DTYPES[plan.config.save_precision]) for slot, tensor in slots.items()},
             alpha=meta.alpha,
             rule=meta.rule,
         )
@@ -50,11 +48,12 @@ def adapter_file(
         for path, meta, slots in parameters.modules_with_slots()
     ]
     family = trained.family.card.name
-    return AdapterFile(modules=modules, metadata=_metadata(config, trained, name, step), family=family)
+    return AdapterFile(modules=modules, metadata=_metadata(plan, trained, name, step), family=family)
 
 
-def _metadata(config: TrainConfig, trained: Trained, name: str, step: int) -> dict[str, str]:
+def _metadata(plan: Plan, trained: Trained, name: str, step: int) -> dict[str, str]:
     """All values are strings: a safetensors header holds no others."""
+    config = plan.config
     base = config.base or "vislora embedded"
     data = {"hash": dataset_hash(trained.examples), **counts(trained.examples, trained.buckets)}
     own = {
@@ -66,30 +65,30 @@ def _metadata(config: TrainConfig, trained: Trained, name: str, step: int) -> di
     }
     return {
         **own,
-        **_modelspec(config, trained, name),
-        **_ss(config, trained, name, step),
+        **_modelspec(plan, trained, name),
+        **_ss(plan, trained, name, step),
         **trained.family.traits.tags,
     }
 
 
-def _modelspec(config: TrainConfig, trained: Trained, name: str) -> dict[str, str]:
+def _modelspec(plan: Plan, trained: Trained, name: str) -> dict[str, str]:
     """Stability AI's ModelSpec 1.0.1."""
-    resolution = config.data.resolution or trained.family.traits.resolution
+    trigger = plan.config.data.trigger
     found = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": name,
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
-        "modelspec.resolution": f"{resolution}x{resolution}",
+        "modelspec.resolution": f"{plan.resolution}x{plan.resolution}",
         "modelspec.encoder_layer": "1",
     }
-    return {**found, "modelspec.trigger_phrase": config.data.trigger} if config.data.trigger else found
+    return {**found, "modelspec.trigger_phrase": trigger} if trigger else found
 
 
-def _ss(config: TrainConfig, trained: Trained, name: str, step: int) -> dict[str, str]:
+def _ss(plan: Plan, trained: Trained, name: str, step: int) -> dict[str, str]:
     """sd-scripts' keys, which web user interfaces show. Values that have no counterpart here are left out."""
+    config = plan.config
     adapter, loop, optimizer = config.adapter, config.loop, config.optimizer
     alpha = adapter.rank if adapter.alpha is None else adapter.alpha
-    resolution = config.data.resolution or trained.family.traits.resolution
     per_epoch = max(1, len(trained.examples) * config.data.repeats)
     has_conv = adapter.preset in ("all", "every-layer")
     network_args = {"conv_dim": str(adapter.rank), "conv_alpha": str(alpha)} if has_conv else {}
@@ -103,17 +102,17 @@ def _ss(config: TrainConfig, trained: Trained, name: str, step: int) -> dict[str
         "network_dropout": adapter.dropout,
         "seed": config.seed,
         "steps": step,
-        "max_train_steps": loop.steps,
-        "num_epochs": -(-step * loop.batch_size * loop.gradient_accumulation // per_epoch),
+        "max_train_steps": plan.steps,
+        "num_epochs": -(-step * plan.batch_size * loop.gradient_accumulation // per_epoch),
         "num_train_images": len(trained.examples) * config.data.repeats,
         "num_reg_images": 0,
-        "batch_size_per_device": loop.batch_size,
+        "batch_size_per_device": plan.batch_size,
         "gradient_accumulation_steps": loop.gradient_accumulation,
         "gradient_checkpointing": loop.gradient_checkpointing,
         "mixed_precision": loop.mixed_precision,
-        "learning_rate": optimizer.learning_rate,
-        "unet_lr": optimizer.learning_rate,
-        "text_encoder_lr": optimizer.text_encoder_learning_rate if adapter.text_encoders else 0.0,
+        "learning_rate": plan.learning_rate,
+        "unet_lr": plan.learning_rate,
+        "text_encoder_lr": plan.text_learning_rate if adapter.text_encoders else 0.0,
         "optimizer": optimizer.name,
         "lr_scheduler": optimizer.schedule,
         "lr_warmup_steps": optimizer.warmup_steps,
@@ -121,7 +120,7 @@ def _ss(config: TrainConfig, trained: Trained, name: str, step: int) -> dict[str
         "min_snr_gamma": loop.min_snr_gamma,
         "noise_offset": loop.noise_offset,
         "caption_dropout_rate": config.data.caption_dropout,
-        "resolution": f"({resolution}, {resolution})",
+        "resolution": f"({plan.resolution}, {plan.resolution})",
         "enable_bucket": True,
         "bucket_info": json.dumps(_bucket_info(trained.buckets)),
         "dataset_dirs": json.dumps(

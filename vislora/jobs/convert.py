@@ -96,7 +96,7 @@ def as_json(report: ConvertReport) -> dict[str, Any]:
 
 
 class _Unproven(Exception):
-    pass
+    """Leaves `replacing`, so that no file stays behind."""
 
 
 def _write(config: ConvertConfig, adapter: AdapterFile, report: ConvertReport) -> Iterator[Record]:

@@ -3,49 +3,45 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
 
-from vislora.config.train import TrainConfig
 from vislora.data.buckets import Bucket, assign, bucket_notes, bucket_summary
 from vislora.data.cache import Cache, weights_fingerprint
 from vislora.data.dataset import TrainingSet
 from vislora.data.encode import cache_latents, cache_texts, views
 from vislora.data.sampler import Sampler
-from vislora.data.scan import Example, dataset_hash, scan
+from vislora.data.scan import Example, scan
+from vislora.jobs.plan import Plan
 from vislora.jobs.run_folder import RunFolder
 from vislora.models.base import Family
-from vislora.models.sampling import vae_as
+from vislora.models.sampling import cut_off, vae_as
 from vislora.records import Note, Record
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Examples with everything cached. `hash`: of all contents and captions."""
+    """Examples with everything cached."""
 
     examples: list[Example]
     buckets: Mapping[Bucket, list[int]]
     dataset: TrainingSet
     sampler: Sampler
 
-    @property
-    def hash(self) -> str:
-        """Return the hash of contents and captions."""
-        return dataset_hash(self.examples)
-
     def batches(self, process: int, processes: int) -> Iterator[dict[str, Any]]:
         """Yield this process' share of the batches, for ever."""
-        for _, tensors in islice(self.dataset.batches(self.sampler), process, None, processes):
-            yield tensors
+        while True:
+            # every process counts the batches of all, so that any one's sampler says where the run stands
+            turn = [self.sampler.next() for _ in range(processes)]
+            yield self.dataset.batch(turn[process])
 
 
-def prepare_data(config: TrainConfig, family: Family, folder: RunFolder) -> Generator[Record, None, Prepared]:
+def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Record, None, Prepared]:
     """Scan the folder, sort into buckets, encode what the cache does not have. Raises `DataError`."""
-    data = config.data
+    config, data = plan.config, plan.config.data
     found = scan(
         data.folder,
         captions=data.captions,
@@ -56,15 +52,20 @@ def prepare_data(config: TrainConfig, family: Family, folder: RunFolder) -> Gene
     )
     for path, reason in found.skipped:
         yield Note(f"skipped {path}: {reason}", "warning")
-    resolution = data.resolution or family.traits.resolution
     step = family.traits.size_step
-    buckets = assign(found.examples, resolution, step, max_aspect=data.max_aspect, upscale=data.upscale)
+    buckets = assign(found.examples, plan.resolution, step, max_aspect=data.max_aspect, upscale=data.upscale)
     for line in [*found.notes, *bucket_notes(found.examples, buckets), *bucket_summary(buckets)]:
         yield Note(line)
+    yield from _told(family, found.examples)
     cache = Cache(data.cache or folder.root / "cache")
-    image_print = weights_fingerprint(family.pipeline.vae, dict(family.pipeline.vae.config))
-    look = {"crop": data.crop, "flip": data.flip, "background": data.background_rgb}
-    wanted = views(found.examples, buckets, fingerprint=image_print, **look)
+    wanted = views(
+        found.examples,
+        buckets,
+        fingerprint=_image_fingerprint(family),
+        crop=data.crop,
+        flip=data.flip,
+        background=data.background_rgb,
+    )
     with vae_as(family, torch.float32):
         yield from cache_latents(cache, wanted, family.encode_image, batch_size=8)
     keys = None
@@ -72,12 +73,26 @@ def prepare_data(config: TrainConfig, family: Family, folder: RunFolder) -> Gene
         captions = [example.caption for example in found.examples]
         keys = yield from cache_texts(cache, captions, family.encode_prompt, fingerprint=_text_fingerprint(family))
     dataset = TrainingSet(cache, wanted, keys, seed=config.seed, caption_dropout=data.caption_dropout)
-    sampler = Sampler(buckets, config.loop.batch_size, config.seed, data.repeats)
+    sampler = Sampler(buckets, plan.batch_size, config.seed, data.repeats)
     return Prepared(found.examples, buckets, dataset, sampler)
 
 
+def _told(family: Family, examples: Sequence[Example]) -> Iterator[Note]:
+    """Say how many captions the base reads only in part."""
+    ends = cut_off(family, [example.caption for example in examples])
+    if ends:
+        text = f"{len(ends)} captions are too long for this base; the end of the first, not read: '{ends[0]}'"
+        yield Note(text, "warning")
+
+
+def _image_fingerprint(family: Family) -> str:
+    """Return a hash over the VAE; what its config says of its own whereabouts (`_name_or_path`) does not enter."""
+    vae = family.pipeline.vae
+    return weights_fingerprint(vae, {key: value for key, value in vae.config.items() if not key.startswith("_")})
+
+
 def _text_fingerprint(family: Family) -> str:
-    """Return a hash over the text encoders and what their tokenizers make of a fixed sentence."""
+    """Return a hash over the text encoders and the vocabularies of their tokenizers."""
     digest = hashlib.sha256()
     for component, module in family.components.items():
         if component != "denoiser":

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from vislora.config.generate import GenerateConfig
-from vislora.errors import AdapterFileError, ModelError
+from vislora.errors import AdapterFileError, ConfigError, ModelError
 from vislora.files import replacing
 from vislora.jobs.prompts import Prompt, find_adapter, label_adapters, parse_adapter, parse_prompt, read_prompts
 from vislora.jobs.recipes import adapter_hash, read_recipe, save_png, threads, versions
 from vislora.jobs.studio import Job, Picture, Studio, free_numbers, make, open_studio
 from vislora.models.base import Family
-from vislora.models.sampling import Sampling, Shot
+from vislora.models.sampling import Sampling, Shot, cut_off, picture_step
+from vislora.models.schedulers import scheduler_for
 from vislora.records import Done, Note, Progress, Record, result
 from vislora.reports.sheet import contact_sheet
 
@@ -31,23 +34,25 @@ def run(config: GenerateConfig) -> Iterator[Record]:
         yield from _repeat(config, config.like)
         return
     prompts = [parse_prompt(raw) for raw in read_prompts(config.prompt, config.prompts)]
-    always = dict(parse_adapter(raw) for raw in config.adapter)
+    always = _always(config)
     named = dict.fromkeys([*always, *(name for prompt in prompts for name in prompt.strengths)])
     labels, paths = label_adapters(named, config.adapters)
     studio = open_studio(config.base, config.device, config.precision)
+    how = sampling(studio.family, config)
     for label, path in paths.items():
         yield from studio.load(label, path, config.allow_partial)
-    how = sampling(studio.family, config)
     jobs = [
         Job(Shot(prompt.text, config.negative_prompt, config.seed + number), _stack(always, prompt, labels))
         for prompt in prompts
         for number in range(config.count)
     ]
+    for end in cut_off(studio.family, [config.negative_prompt, *(prompt.text for prompt in prompts)]):
+        yield Note(f"a prompt is too long for this base; not read: '{end}'", "warning")
     pictures: list[Picture] = []
     yield from _collect(make(studio, jobs, how, config.batch_size, config.output), pictures)
     lines = [str(picture.path) for picture in pictures]
     if config.sheet:
-        path = config.output / "sheet.png"
+        path = _free(config.output, "sheet")
         yield from _sheet(studio, jobs, how, config.batch_size, pictures, path)
         lines.append(str(path))
     yield Done(pictures, "\n".join(lines))
@@ -55,14 +60,28 @@ def run(config: GenerateConfig) -> Iterator[Record]:
 
 def sampling(family: Family, config: GenerateConfig) -> Sampling:
     """Return how images are made: the settings, and the base's own where they are silent."""
-    traits = family.traits
+    traits, step = family.traits, picture_step(family)
+    sides = {"width": config.width or traits.resolution, "height": config.height or traits.resolution}
+    wrong = [f"{name}: {side} is no multiple of {step}" for name, side in sides.items() if side % step]
+    if wrong:
+        raise ConfigError(wrong, where="this base makes no image of that size:")
+    scheduler_for(family.pipeline, config.scheduler)  # an unknown name is told before any adapter is loaded
     return Sampling(
         steps=config.steps or traits.steps,
         guidance_scale=traits.guidance_scale if config.guidance_scale is None else config.guidance_scale,
-        width=config.width or traits.resolution,
-        height=config.height or traits.resolution,
         scheduler=config.scheduler,
+        **sides,
     )
+
+
+def _always(config: GenerateConfig) -> dict[str, float]:
+    """Return the adapters of the flags. Raises `ConfigError` for one given twice, by whatever names."""
+    given = [parse_adapter(raw) for raw in config.adapter]
+    labels, _ = label_adapters([name for name, _ in given], config.adapters)
+    twice = [label for label, times in Counter(labels[name] for name, _ in given).items() if times > 1]
+    if twice:
+        raise ConfigError(f"adapter: {', '.join(twice)} is given more than once; give it once, with one strength")
+    return dict(given)
 
 
 def _stack(always: dict[str, float], prompt: Prompt, labels: dict[str, str]) -> dict[str, float]:
@@ -83,21 +102,27 @@ def _sheet(
     studio: Studio, jobs: list[Job], how: Sampling, batch_size: int, stacked: list[Picture], path: Path
 ) -> Iterator[Progress]:
     """Make every job with the base and with each adapter alone too, and write them all as one picture."""
-    columns: dict[str, list[Image.Image]] = {}
+    columns: list[tuple[str, list[Image.Image]]] = []
     alone = list(studio.paths) if len(studio.paths) > 1 else []
-    for name in ["base", *alone]:
-        label = name.replace("/", "-")
-        part = [Job(job.shot, {} if name == "base" else {name: job.strengths.get(name, 1.0)}) for job in jobs]
+    for name in [None, *alone]:
+        label = "base" if name is None else name.replace("/", "-")
+        part = [Job(job.shot, {} if name is None else {name: job.strengths.get(name, 1.0)}) for job in jobs]
         pictures: list[Picture] = []
         yield from _collect(make(studio, part, how, batch_size, path.parent / label), pictures, f"sheet: {label}")
-        columns[label] = [picture.image for picture in pictures]
+        columns.append((label, [picture.image for picture in pictures]))
     if studio.paths:
         last = "stack" if alone else next(iter(studio.paths))
-        columns[last] = [picture.image for picture in stacked]
-    rows = list(zip(*columns.values(), strict=True))
-    sheet = contact_sheet(rows, [job.shot.prompt for job in jobs], list(columns))
+        columns.append((last, [picture.image for picture in stacked]))
+    rows = list(zip(*(images for _, images in columns), strict=True))
+    sheet = contact_sheet(rows, [job.shot.prompt for job in jobs], [label for label, _ in columns])
     with replacing(path) as temporary:
         sheet.save(temporary, format="PNG")
+
+
+def _free(folder: Path, stem: str) -> Path:
+    """Return a path for a PNG that is not there yet: an image is never overwritten."""
+    names = chain([stem], (f"{stem}-{number}" for number in count(2)))
+    return next(path for name in names if not (path := folder / f"{name}.png").exists())
 
 
 def _repeat(config: GenerateConfig, source: Path) -> Iterator[Record]:
@@ -120,4 +145,4 @@ def _repeat(config: GenerateConfig, source: Path) -> Iterator[Record]:
     image, again = studio.shoot(recipe.batch, strengths, recipe.sampling)[recipe.index]
     path = config.output / f"{next(free_numbers(config.output)):05d}-{recipe.shot.seed}.png"
     save_png(image, path, again)
-    yield Done([Picture(path, image, again)], str(path))
+    yield Done([Picture(path, again)], str(path))

@@ -12,7 +12,7 @@ from torch import nn
 from vislora import formats
 from vislora.errors import AdapterFileError, AdapterMismatchError, ConfigError, listed, nearest
 from vislora.formats.adapter_file import AdapterFile, AdapterModule
-from vislora.inject.injection import FileModule, inject_modules
+from vislora.inject.injection import FileModule, find_misfits, inject_modules
 from vislora.inject.injection import eject as eject_from
 from vislora.inject.stack import Stack, existing_stack, strength_in_range
 from vislora.models.base import components_of
@@ -38,15 +38,21 @@ def attach(
     by_component = _by_component(adapter_file, components, isinstance(pipeline, nn.Module))
     missing = [component for component in by_component if component not in components]
     misfits = [f"{component}: this pipeline has no such component" for component in missing]
-    if missing and not allow_partial:
-        raise AdapterMismatchError(listed(f"adapter '{name}' does not fit{_looks(adapter_file, family)}:", misfits))
+    if missing and (not allow_partial or len(missing) == len(by_component)):
+        for component in by_component.keys() & components.keys():
+            found = find_misfits(components[component], by_component[component])
+            misfits += [f"{component}.{line}" for line in found]
+        title = f"adapter '{name}' does not fit:{_looks(adapter_file, family)}"
+        raise AdapterMismatchError(listed(title, misfits, limit=len(missing) + 5))
     done: list[nn.Module] = []
     try:
-        for component in by_component.keys() - set(missing):
-            modules = by_component[component]
-            found = inject_modules(components[component], name, modules, strength, allow_partial)
-            done.append(components[component])
+        for component in (item for item in by_component if item not in missing):
+            model, modules = components[component], by_component[component]
+            fits, found = _inject_what_fits(model, name, modules, strength, allow_partial)
+            done += [model] if fits else []
             misfits += [f"{component}.{line}" for line in found]
+        if not done:
+            raise AdapterMismatchError(listed(f"nothing of adapter '{name}' fits:", misfits, limit=5))
     except AdapterMismatchError as error:
         _undo(done, name)
         raise AdapterMismatchError(f"{error}{_looks(adapter_file, family)}") from None
@@ -54,6 +60,18 @@ def attach(
         _undo(done, name)
         raise
     return misfits
+
+
+def _inject_what_fits(
+    model: nn.Module, name: str, modules: list[FileModule], strength: float, allow_partial: bool
+) -> tuple[bool, list[str]]:
+    """Inject a component and return what did not fit; one of which nothing fits is left out when that is allowed."""
+    try:
+        return True, inject_modules(model, name, modules, strength, allow_partial)
+    except AdapterMismatchError:
+        if not allow_partial:
+            raise
+        return False, [f"{module.path}: no module of this component fits" for module in modules]
 
 
 def set_strengths(pipeline: Any, strengths: Mapping[str, float]) -> None:

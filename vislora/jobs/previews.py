@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image
+from torch import nn
 
 from vislora.files import replacing
-from vislora.models.sampling import Sampling, Shot, make_images
-from vislora.records import Note
+from vislora.jobs.plan import Plan
+from vislora.models.base import Family
+from vislora.models.sampling import Sampling, Shot, make_images, picture_step
 from vislora.reports.sheet import contact_sheet
 
-if TYPE_CHECKING:
-    from vislora.jobs.train import Run
 
-
-def preview(job: Run, step: int) -> Iterator[Note]:
-    """Make the samples of a step and write them as one sheet `samples/NNNNNN.png`; dropouts are off meanwhile."""
-    if not job.accelerator.is_main_process:
-        return
-    sample, traits = job.config.sample, job.family.traits
-    prompts = sample.prompts or tuple(example.caption for example in job.data.examples[:4])
+def preview(family: Family, adapters: nn.Module, plan: Plan, captions: Sequence[str], path: Path) -> None:
+    """Make one image per prompt of `[sample]` (or per caption) and write them as one sheet, with dropouts off."""
+    sample, traits = plan.config.sample, family.traits
+    prompts = sample.prompts or captions
     shots = [Shot(prompt, sample.negative_prompt, sample.seed + number) for number, prompt in enumerate(prompts)]
-    side = job.config.data.resolution or traits.resolution
+    step_px = picture_step(family)
+    side = max(step_px, plan.resolution // step_px * step_px)
     how = Sampling(traits.steps, traits.guidance_scale, side, side)
-    job.module.eval()
-    images: list[Image.Image] = []
-    for batch in make_images(job.family, shots, how):
-        images += batch
-    job.module.train()
-    path = job.folder.samples / f"{step:06d}.png"
+    adapters.eval()
+    images: list[Image.Image] = [image for batch in make_images(family, shots, how, len(shots)) for image in batch]
+    adapters.train()
+    sheet = contact_sheet([images], [f"step {int(path.stem)}"], list(prompts))
     with replacing(path) as temporary:
-        contact_sheet([images], [f"step {step}"], list(prompts)).save(temporary, format="PNG")
-    yield Note(f"samples: {path}")
+        sheet.save(temporary, format="PNG")

@@ -80,18 +80,27 @@ def find_adapter(name: str, folders: Iterable[Path]) -> Path:
 def label_adapters(names: Iterable[str], folders: Sequence[Path]) -> tuple[dict[str, str], dict[str, Path]]:
     """Find every named adapter; return (name as given -> label, label -> path).
 
-    A file has one label, its stem, however it was named; a second file of that stem gets its folder's name in front.
+    A file has one label, its stem, however it was named; files that share a stem get folders in front. The labels do
+    not depend on the order of the names: deltas are summed in the order of the labels.
     """
-    labels: dict[str, str] = {}
-    paths: dict[str, Path] = {}
-    for name in names:
-        path = find_adapter(name, folders)
-        label = path.stem
-        if label in paths and paths[label].resolve() != path.resolve():
-            label = f"{path.parent.name}/{path.stem}"
-        labels[name] = label
-        paths.setdefault(label, path)
-    return labels, paths
+    found = {name: find_adapter(name, folders) for name in names}
+    files = {path.resolve(): path for path in found.values()}
+    labels = {name: _label(path.resolve(), files) for name, path in found.items()}
+    return labels, {labels[name]: files[path.resolve()] for name, path in found.items()}
+
+
+def _label(path: Path, files: Iterable[Path]) -> str:
+    """Return as few of the last parts of `path` as tell it from the other `files`."""
+    others = [_parts(file) for file in files if file != path]
+    parts = _parts(path)
+    for count in range(1, len(parts) + 1):
+        if all(other[-count:] != parts[-count:] for other in others):
+            return "/".join(parts[-count:])
+    return path.as_posix()
+
+
+def _parts(path: Path) -> tuple[str, ...]:
+    return (*path.parts[1:-1], path.name.removesuffix(_SUFFIX))
 
 
 def _adapters_in(folder: Path) -> list[Path]:

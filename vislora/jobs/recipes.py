@@ -69,8 +69,10 @@ def read_recipe(path: Path) -> Recipe:
         fields["sampling"] = Sampling(**fields["sampling"])
         fields["batch"] = tuple(Shot(**shot) for shot in fields["batch"])
         fields["adapters"] = tuple(fields["adapters"])
-        return Recipe(**fields)
-    except (ValueError, TypeError, KeyError) as error:
+        recipe = Recipe(**fields)
+        _ = recipe.shot  # its place must be in the batch
+        return recipe
+    except (ValueError, TypeError, LookupError) as error:
         raise ConfigError(f"like: the recipe in {path} is damaged or of another version ({error})") from None
 
 
@@ -90,12 +92,12 @@ def adapter_hash(path: Path) -> str:
 
 
 def base_hash(path: Path) -> str:
-    """Return a hash that tells bases apart: names, sizes, and the first and last MiB of every file of the folder.
+    """Return a hash that tells bases apart: names, sizes, and the first and last MiB of every weight and config file.
 
     A base of many gigabytes is not read whole; a hub name (no folder) is its own hash.
     """
     digest = hashlib.sha256(path.as_posix().encode() if not path.is_dir() else b"")
-    for file in sorted(item for item in path.rglob("*") if item.is_file()):
+    for file in sorted(item for item in path.rglob("*") if item.suffix in (".safetensors", ".bin", ".json")):
         size = file.stat().st_size
         digest.update(f"{file.relative_to(path).as_posix()} {size}".encode())
         with open(file, "rb") as stream:
@@ -110,10 +112,12 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def adapter_rows(paths: Mapping[str, Path], strengths: Mapping[str, float]) -> tuple[dict[str, Any], ...]:
+def adapter_rows(
+    paths: Mapping[str, Path], hashes: Mapping[str, str], strengths: Mapping[str, float]
+) -> tuple[dict[str, Any], ...]:
     """Return what a recipe says of a stack: name, path, hash and strength of each adapter that is not at zero."""
     return tuple(
-        {"name": name, "path": str(paths[name]), "sha256": adapter_hash(paths[name]), "strength": strength}
+        {"name": name, "path": str(paths[name]), "sha256": hashes[name], "strength": strength}
         for name, strength in sorted(strengths.items())
         if strength != 0.0
     )

@@ -47,6 +47,11 @@ class RunFolder:
         """The resolved settings; `--config` takes the file as it is."""
         return self.root / "config.toml"
 
+    @property
+    def tensorboard(self) -> Path:
+        """Where accelerate writes TensorBoard events."""
+        return self.root / "tensorboard"
+
     def adapter(self, format: str, step: int | None = None) -> Path:
         """Return where the adapter goes: a file, or a folder for PEFT; with `step`, the one of a checkpoint."""
         stem = self.name if step is None else f"{self.name}-{step:06d}"
@@ -54,31 +59,49 @@ class RunFolder:
         return folder / (stem if format == "peft" else f"{stem}.safetensors")
 
 
-def prepare(config: TrainConfig) -> tuple[RunFolder, dict[str, Any] | None]:
+def open_folder(config: TrainConfig) -> tuple[RunFolder, dict[str, Any] | None]:
     """Return the run folder and, for a run that goes on, the state of its last checkpoint.
 
-    Raises `ConfigError` when the folder holds a run and neither `resume` nor `overwrite` is set, or when a setting
-    that a step depends on is not what it was.
+    Nothing is changed yet. Raises `ConfigError` when the folder holds a run (or an adapter of this name) and neither
+    `resume` nor `overwrite` is set, and when the run goes on and cannot.
     """
     folder = RunFolder(config.output, config.name or config.output.name)
     found = checkpoints(folder.checkpoints)
+    used = found or folder.config.exists() or folder.adapter(config.format).exists()
+    if used and not config.resume and not config.overwrite:
+        raise ConfigError(f"{folder.root} holds a run already: --resume goes on with it, --overwrite starts anew")
+    return folder, load_checkpoint(found[-1]) if config.resume and found else None
+
+
+def require_same(config: TrainConfig, folder: RunFolder, state: dict[str, Any]) -> None:
+    """Raise `ConfigError` when a setting that a step depends on is not what it was at the checkpoint."""
+    _refuse(folder.checkpoints, "settings", _differences(state["settings"], settings_of(config)))
+
+
+def require_same_contents(then: dict[str, str], now: dict[str, str], folder: RunFolder) -> None:
+    """Raise `ConfigError` when something that the run reads (name -> hash) is not what it was at the checkpoint."""
+    lines = [f"{name} was changed" for name in then if name in now and then[name] != now[name]]
+    lines += [f"{name} is gone" for name in then if name not in now]
+    lines += [f"{name} is new" for name in now if name not in then]
+    _refuse(folder.checkpoints, "images, captions or base", lines)
+
+
+def begin(config: TrainConfig, folder: RunFolder, step: int) -> None:
+    """Make the folder ready for the steps after `step`, once nothing else can fail: see `settings_of` and `cut_log`.
+
+    A run that starts anew takes the place of what was there; only encoded images and captions stay.
+    """
     if config.overwrite and not config.resume:
         _clear(folder, config.format)
-    elif not config.resume and (found or folder.config.exists()):
-        raise ConfigError(f"{folder.root} holds a run already: --resume goes on with it, --overwrite starts anew")
-    state = load_checkpoint(found[-1]) if config.resume and found else None
-    if state is not None:
-        _require_same(state["settings"], settings_of(config), found[-1])
+    cut_log(folder.log, step)
     write_text(folder.config, dump(config))
-    return folder, state
 
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """Return every setting that a step depends on, as flat dotted names."""
     flat = _flat(config.model_dump(mode="json"))
-    return {
-        key: value for key, value in flat.items() if not key.startswith(FREE) and key not in (*FREE_DATA, *FREE_LOOP)
-    }
+    free = {*FREE_DATA, *FREE_LOOP}
+    return {key: value for key, value in flat.items() if key not in free and not key.startswith(FREE)}
 
 
 def cut_log(path: Path, step: int) -> None:
@@ -97,21 +120,25 @@ def _step_of(line: str) -> int:
 
 
 def _clear(folder: RunFolder, format: str) -> None:
-    for path in (folder.checkpoints, folder.samples, folder.log, folder.config, folder.adapter(format)):
+    parts = (folder.checkpoints, folder.samples, folder.tensorboard, folder.log, folder.config)
+    for path in (*parts, folder.adapter(format)):
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
 
 
-def _require_same(then: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    changed = [
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [
         f"{key}: {then.get(key)!r} in the checkpoint, {now.get(key)!r} now"
         for key in sorted({*then, *now})
         if then.get(key) != now.get(key)
     ]
+
+
+def _refuse(path: Path, what: str, changed: list[str]) -> None:
     if changed:
-        title = f"cannot go on from {path} with other settings (put them back, or use another output):"
+        title = f"cannot go on from {path} with other {what} (put them back, or use another output):"
         raise ConfigError(listed(title, changed))
 
 

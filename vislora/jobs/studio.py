@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, groupby
@@ -13,7 +14,7 @@ from PIL import Image
 from vislora.inject.injection import merge, unmerge
 from vislora.jobs.devices import DTYPES, pick_device, pick_precision
 from vislora.jobs.pipelines import load, set_strengths
-from vislora.jobs.recipes import Recipe, adapter_rows, base_hash, save_png, threads, versions
+from vislora.jobs.recipes import Recipe, adapter_hash, adapter_rows, base_hash, save_png, threads, versions
 from vislora.models.base import EMBEDDED, Family, load_family
 from vislora.models.sampling import Sampling, Shot, make_images
 from vislora.records import Note, Progress
@@ -24,8 +25,13 @@ class Picture:
     """One image made, and its PNG."""
 
     path: Path
-    image: Image.Image
     recipe: Recipe
+
+    @property
+    def image(self) -> Image.Image:
+        """Read the image: thousands of pictures are not held in memory."""
+        with Image.open(self.path) as image:
+            return image.copy()
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,11 @@ class Job:
 
 @dataclass
 class Studio:
-    """What is needed to make images and to say how they were made. `paths`: name of a loaded adapter -> its file."""
+    """What is needed to make images and to say how they were made.
+
+    `paths`, `hashes`: name of a loaded adapter -> its file, and the hash that it had when it was loaded. `stack`: the
+    strengths that are set now.
+    """
 
     family: Family
     base: str
@@ -46,11 +56,13 @@ class Studio:
     precision: str
     device: torch.device
     paths: dict[str, Path] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+    stack: dict[str, float] = field(default_factory=dict)
 
     def load(self, name: str, path: Path, allow_partial: bool = False) -> Iterator[Note]:
         """Load an adapter at strength 0; yields a note for every module that does not fit."""
         misfits = load(self.family.pipeline, path, 0.0, name, allow_partial=allow_partial)
-        self.paths[name] = path
+        self.paths[name], self.hashes[name] = path, adapter_hash(path)
         for line in misfits:
             yield Note(f"adapter '{name}': not applied: {line}", "warning")
 
@@ -60,18 +72,21 @@ class Studio:
         In float32 the deltas are merged into a second buffer; in half precision a merge would round small deltas
         away, so there the adapters compute beside the base.
         """
-        set_strengths(self.family.pipeline, {name: strengths.get(name, 0.0) for name in self.paths})
-        merged = self.precision == "fp32"
-        for module in self.family.components.values():
-            (merge if merged else unmerge)(module)
-        return "merged" if merged else "stacked"
+        engine = "merged" if self.precision == "fp32" else "stacked"
+        wanted = {name: strengths.get(name, 0.0) for name in self.paths}
+        if wanted != self.stack:
+            set_strengths(self.family.pipeline, wanted)
+            for module in self.family.components.values():
+                (merge if engine == "merged" else unmerge)(module)
+            self.stack = wanted
+        return engine
 
     def shoot(
         self, shots: Sequence[Shot], strengths: dict[str, float], how: Sampling
     ) -> list[tuple[Image.Image, Recipe]]:
         """Make one batch with one stack; returns each image with its recipe."""
         engine = self.set_stack(strengths)
-        rows = adapter_rows(self.paths, strengths)
+        rows = adapter_rows(self.paths, self.hashes, strengths)
         images = next(make_images(self.family, shots, how, len(shots)))
         return [(image, self._recipe(rows, how, tuple(shots), index, engine)) for index, image in enumerate(images)]
 
@@ -114,12 +129,12 @@ def make(
             for image, recipe in studio.shoot([job.shot for job in batch], batch[0].strengths, how):
                 path = output / f"{next(numbers):05d}-{recipe.shot.seed}.png"
                 save_png(image, path, recipe)
-                yield Picture(path, image, recipe)
+                yield Picture(path, recipe)
             done += len(batch)
             yield Progress("generating", done, len(jobs))
 
 
 def free_numbers(folder: Path) -> Iterator[int]:
     """Count up from the first number that no PNG in `folder` begins with: an image is never overwritten."""
-    taken = [int(path.name[:5]) for path in folder.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")]
-    return count(max(taken, default=-1) + 1)
+    found = (re.match(r"(\d{5,})-.*\.png$", path.name) for path in folder.glob("*.png"))
+    return count(max((int(match[1]) for match in found if match), default=-1) + 1)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from accelerate.state import AcceleratorState
 
 from vislora import formats
 from vislora.config.train import TrainConfig
+from vislora.data.scan import dataset_hash
 from vislora.errors import ConfigError, missing_extra
 from vislora.inject.injection import AdapterSet, FreshOptions, eject, inject_fresh, summary
 from vislora.inject.layer import Dropout
@@ -22,9 +25,17 @@ from vislora.inject.targets import Target, select
 from vislora.jobs.adapter_files import Trained, adapter_file
 from vislora.jobs.datasets import Prepared, prepare_data
 from vislora.jobs.devices import DTYPES, pick_device, pick_precision
+from vislora.jobs.plan import Plan, make_plan
 from vislora.jobs.previews import preview
 from vislora.jobs.recipes import base_hash
-from vislora.jobs.run_folder import RunFolder, cut_log, prepare, settings_of
+from vislora.jobs.run_folder import (
+    RunFolder,
+    begin,
+    open_folder,
+    require_same,
+    require_same_contents,
+    settings_of,
+)
 from vislora.models.base import EMBEDDED, Family, load_family
 from vislora.records import Done, Note, Progress, Record, result
 from vislora.training.checkpoints import save_checkpoint
@@ -41,7 +52,7 @@ FRESH = "training"
 class Run:
     """Everything that one run holds."""
 
-    config: TrainConfig
+    plan: Plan
     folder: RunFolder
     family: Family
     data: Prepared
@@ -51,6 +62,11 @@ class Run:
     optimizer: torch.optim.Optimizer
     about: Trained
     step: int = 0
+
+    @property
+    def config(self) -> TrainConfig:
+        """The resolved settings."""
+        return self.plan.config
 
 
 @dataclass(frozen=True)
@@ -70,43 +86,47 @@ def train(**settings: Any) -> TrainedAdapter:
 def run(config: TrainConfig) -> Iterator[Record]:
     """Train as `config` says; yields notes and progress, then the adapter. The base is as before when it ends."""
     started = time.time()
-    folder, state = prepare(config)
-    accelerator = _accelerator(config, folder)
-    try:
+    folder, state = open_folder(config)
+    with _accelerated(config, folder) as accelerator:
         family = _load_base(config, accelerator)
-        data = yield from prepare_data(config, family, folder)
+        plan = make_plan(config, family.traits, accelerator.mixed_precision)
+        if state is not None:
+            require_same(plan.config, folder, state)
+        data = yield from prepare_data(plan, family, folder)
         about = Trained(
             family, base_hash(Path(config.base) if config.base else EMBEDDED), data.examples, data.buckets, started
         )
         adapters = _inject(config, family)
         for line in summary(family.components, adapters):
             yield Note(line)
-        job = _assemble(config, folder, family, data, adapters, accelerator, about)
+        job = _assemble(plan, folder, family, data, adapters, accelerator, about)
         if state is not None:
             _restore(job, state)
-            yield Note(f"going on from step {job.step} of {config.loop.steps}")
+            yield Note(f"going on from step {job.step} of {plan.steps}")
+        elif config.resume:
+            yield Note(f"{folder.root} holds no checkpoint yet: starting at step 0")
         yield from _loop(job)
-    finally:
-        accelerator.end_training()
-        if accelerator.num_processes == 1:
-            # a process may train again with another precision or device
-            AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def _loop(job: Run) -> Generator[Record, None, None]:
     """Run the steps, with checkpoints and samples between them; always end with a checkpoint and the adapter file."""
     loop, sample = job.config.loop, job.config.sample
-    yield from preview(job, 0) if sample.every and job.step == 0 else ()
+    if job.accelerator.is_main_process:
+        begin(job.config, job.folder, job.step)
+    if loop.tensorboard:
+        job.accelerator.init_trackers("tensorboard")
+    if sample.every and job.step == 0:
+        yield from _preview(job)
     began, first = time.perf_counter(), job.step
     with stop_on_signal() as stop:
         for record in _steps(job):
             job.step = record.step
             _log(job, record)
-            yield _progress(record, loop.steps, began, first)
-            if loop.save_every and job.step % loop.save_every == 0 and job.step < loop.steps:
+            yield _progress(record, job.plan.steps, began, first)
+            if loop.save_every and job.step % loop.save_every == 0 and job.step < job.plan.steps:
                 _checkpoint(job)
             if sample.every and job.step % sample.every == 0:
-                yield from preview(job, job.step)
+                yield from _preview(job)
             if stop.requested:
                 break
     _checkpoint(job)
@@ -116,7 +136,7 @@ def _loop(job: Run) -> Generator[Record, None, None]:
 def _steps(job: Run) -> Iterator[StepRecord]:
     config = job.config
     options = LoopOptions(
-        steps=config.loop.steps,
+        steps=job.plan.steps,
         accumulation=config.loop.gradient_accumulation,
         schedule=config.optimizer.schedule,
         warmup_steps=config.optimizer.warmup_steps,
@@ -136,22 +156,37 @@ def _load_base(config: TrainConfig, accelerator: Accelerator) -> Family:
     return family
 
 
+@contextmanager
+def _accelerated(config: TrainConfig, folder: RunFolder) -> Iterator[Accelerator]:
+    """Give the accelerator, and leave none of its global state behind: a process may train again with another."""
+    processes = 1
+    try:
+        accelerator = _accelerator(config, folder)
+        processes = accelerator.num_processes
+        try:
+            yield accelerator
+        finally:
+            accelerator.end_training()
+    finally:
+        if processes == 1:
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def _accelerator(config: TrainConfig, folder: RunFolder) -> Accelerator:
     device = pick_device(config.device)
     precision = pick_precision(config.loop.mixed_precision, device)
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError("loop.mixed_precision: fp16 needs a GPU; use no or bf16 on a CPU")
     trackers = "tensorboard" if config.loop.tensorboard else None
     if trackers:
         _require_tensorboard()
-    accelerator = Accelerator(
+    return Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         gradient_accumulation_steps=config.loop.gradient_accumulation,
         cpu=device.type == "cpu",
         log_with=trackers,
         project_dir=folder.root,
     )
-    if trackers:
-        accelerator.init_trackers("tensorboard")
-    return accelerator
 
 
 def _require_tensorboard() -> None:
@@ -189,7 +224,7 @@ def _inject(config: TrainConfig, family: Family) -> dict[str, AdapterSet]:
 
 
 def _assemble(
-    config: TrainConfig,
+    plan: Plan,
     folder: RunFolder,
     family: Family,
     data: Prepared,
@@ -197,27 +232,32 @@ def _assemble(
     accelerator: Accelerator,
     about: Trained,
 ) -> Run:
-    settings = config.optimizer
-    text_rate = settings.text_encoder_learning_rate or settings.learning_rate / 2
+    config = plan.config
     groups = [
-        ParameterGroup(parameters.parameters(), settings.learning_rate if name == "denoiser" else text_rate)
+        ParameterGroup(parameters.parameters(), plan.learning_rate if name == "denoiser" else plan.text_learning_rate)
         for name, parameters in adapters.items()
     ]
-    options = LossOptions(config.loop.min_snr_gamma, config.loop.noise_offset)
-    module = DenoisingLoss(family, adapters, options)
-    optimizer = make_optimizer(settings.name, groups, settings.weight_decay)
+    module = DenoisingLoss(family, adapters, LossOptions(config.loop.min_snr_gamma, config.loop.noise_offset))
+    optimizer = make_optimizer(config.optimizer.name, groups, config.optimizer.weight_decay)
     module, optimizer = accelerator.prepare(module, optimizer)
-    return Run(config, folder, family, data, adapters, accelerator, module, optimizer, about)
+    return Run(plan, folder, family, data, adapters, accelerator, module, optimizer, about)
 
 
 def _restore(job: Run, state: Mapping[str, Any]) -> None:
-    if state["data"] != job.data.hash:
-        raise ConfigError("the images or captions are not those that the checkpoint was trained on; use another output")
+    require_same_contents(state["contents"], _contents(job), job.folder)
     job.accelerator.unwrap_model(job.module).load_state_dict(state["adapters"])
     job.optimizer.load_state_dict(state["optimizer"])
     job.data.sampler.restore(state["sampler"])
     job.step = int(state["step"])
-    cut_log(job.folder.log, job.step)
+
+
+def _contents(job: Run) -> dict[str, str]:
+    """Return name -> hash of all that a step reads beside the settings."""
+    folder = job.config.data.folder
+    images = {
+        Path(os.path.relpath(example.path, folder)).as_posix(): dataset_hash([example]) for example in job.data.examples
+    }
+    return {"the base model": job.about.base_hash, **images}
 
 
 def _checkpoint(job: Run) -> None:
@@ -226,7 +266,7 @@ def _checkpoint(job: Run) -> None:
     state = {
         "step": job.step,
         "settings": settings_of(job.config),
-        "data": job.data.hash,
+        "contents": _contents(job),
         "sampler": job.data.sampler.state(),
         "adapters": job.accelerator.unwrap_model(job.module).state_dict(),
         "optimizer": job.optimizer.state_dict(),
@@ -234,17 +274,25 @@ def _checkpoint(job: Run) -> None:
     save_checkpoint(job.folder.checkpoints, job.step, state, job.config.loop.keep_checkpoints)
 
 
+def _preview(job: Run) -> Iterator[Note]:
+    if job.accelerator.is_main_process:
+        path = job.folder.samples / f"{job.step:06d}.png"
+        captions = [example.caption for example in job.data.examples[:4]]
+        preview(job.family, job.module, job.plan, captions, path)
+        yield Note(f"samples: {path}")
+
+
 def _finish(job: Run) -> Generator[Record, None, None]:
     """Save the adapter and take it off the base."""
-    config, finished = job.config, job.step >= job.config.loop.steps
+    config, finished = job.config, job.step >= job.plan.steps
     path = job.folder.adapter(config.format, None if finished else job.step)
     if job.accelerator.is_main_process:
-        formats.save(adapter_file(job.adapters, config, job.about, job.folder.name, job.step), path, config.format)
+        formats.save(adapter_file(job.adapters, job.plan, job.about, job.folder.name, job.step), path, config.format)
     for component in job.adapters:
         eject(job.family.components[component], FRESH)
     text = f"adapter: {path}"
     if not finished:
-        text = f"stopped at step {job.step} of {config.loop.steps}; go on with --resume\n{text}"
+        text = f"stopped at step {job.step} of {job.plan.steps}; go on with --resume\n{text}"
     yield Done(TrainedAdapter(path, job.step, finished), text, 0 if finished else 130)
 
 

@@ -22,6 +22,8 @@ from vislora.registry import FAMILIES
 EMBEDDED = Path(__file__).parent.parent / "assets" / "base"
 """The small base model that ships with the package."""
 
+_PARTS = ("tokenizer", "text_encoder", "unet", "transformer", "vae", "scheduler")
+
 
 @dataclass(frozen=True)
 class Card:
@@ -44,6 +46,9 @@ class Traits:
     size_step: int
     steps: int
     guidance_scale: float
+    learning_rate: float
+    train_steps: int
+    batch_size: int
     tags: Mapping[str, str]
 
 
@@ -84,9 +89,11 @@ def load_family(base: str | Path | None, dtype: torch.dtype, device: torch.devic
     Raises `ModelError` when it is missing, incomplete, or of no known family.
     """
     path = Path(base) if base else EMBEDDED
-    class_name = _pipeline_class(path)
+    index = _read_index(path)
+    class_name = index["_class_name"]
     for family in FAMILIES.values():
         if class_name in family.card.pipelines:
+            _require_parts(path, index)
             return _loaded(family, path, dtype, device)
     known = ", ".join(name for family in FAMILIES.values() for name in family.card.pipelines)
     raise ModelError(f"base {path} is a {class_name}, which no family of vislora handles; known: {known}")
@@ -113,28 +120,56 @@ def components_of(pipeline: Any) -> tuple[str | None, dict[str, nn.Module]]:
 def read_traits(path: Path, pipeline: Any, resolution: int, size_step: int, tags: Mapping[str, str]) -> Traits:
     """Return the traits of a base: its pipeline's defaults, or what `vislora.json` in its folder says."""
     signature = inspect.signature(type(pipeline).__call__).parameters
-    values = {
+    values: dict[str, Any] = {
         "resolution": resolution,
         "size_step": size_step,
         "steps": 20,
         "guidance_scale": float(signature["guidance_scale"].default),
+        "learning_rate": 1e-4,
+        "train_steps": 1500,
+        "batch_size": 1,
     }
     own = path / "vislora.json"
     if own.is_file():
         values.update(json.loads(own.read_text()))
-    return Traits(**values, tags=tags)
+    try:
+        return Traits(**values, tags=tags)
+    except TypeError as error:
+        raise ModelError(f"vislora.json holds a setting that is not known ({error})") from None
 
 
-def _pipeline_class(path: Path) -> str:
+def absent_parts(path: Path) -> dict[str, None]:
+    """Return the parts that the index of a folder says to be left out: diffusers wants to be told so again."""
+    index = _read_index(path) if path.is_dir() else {}
+    return {name: None for name, value in index.items() if value == [None, None]}
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    """Return what model_index.json says: `_class_name`, and (library, class) of every part."""
     index = path / "model_index.json"
     if not path.exists():
         index = _from_hub(path)
     elif not index.is_file():
         raise ModelError(f"base {path} has no model_index.json: give the folder of a diffusers pipeline")
     try:
-        return str(json.loads(index.read_text())["_class_name"])
-    except (ValueError, KeyError) as error:
+        found = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ModelError(f"base {path}: model_index.json is damaged ({error})") from None
+    if not isinstance(found, dict) or not isinstance(found.get("_class_name"), str):
+        raise ModelError(f"base {path}: model_index.json is damaged (it names no pipeline)")
+    return found
+
+
+def _require_parts(path: Path, index: Mapping[str, Any]) -> None:
+    """Raise `ModelError` for a part without a folder; transformers makes up an empty tokenizer for a missing one."""
+    used = [
+        name
+        for name, value in index.items()
+        if isinstance(value, list) and value != [None, None] and name.startswith(_PARTS)
+    ]
+    missing = [name for name in used if path.is_dir() and not (path / name).is_dir()]
+    if missing:
+        raise ModelError(f"base {path} is incomplete: it has no folder {', '.join(missing)}")
 
 
 def _from_hub(path: Path) -> Path:
@@ -149,7 +184,7 @@ def _from_hub(path: Path) -> Path:
         offline = constants.HF_HUB_OFFLINE or not _resolves(host)
         return Path(hf_hub_download(str(path), "model_index.json", local_files_only=offline))
     except Exception as error:
-        raise ModelError(f"{missing}\n(as a hub name it cannot be fetched: {type(error).__name__})") from error
+        raise ModelError(f"{missing} (as a hub name it cannot be fetched: {type(error).__name__})") from error
 
 
 def _resolves(host: str) -> bool:
@@ -162,38 +197,47 @@ def _resolves(host: str) -> bool:
 
 def _loaded(family: type[Family], path: Path, dtype: torch.dtype, device: torch.device) -> Family:
     try:
-        with _quiet():
+        with quiet():
             loaded = family.load(path, dtype, device)
+        _require_words(loaded.pipeline)
         loaded.pipeline.set_progress_bar_config(disable=True)
         for module in loaded.components.values():
             module.requires_grad_(False).eval()
         return loaded
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # libraries raise nearly every kind of error for a damaged folder
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"base {path} cannot be loaded: {first}") from error
 
 
+def _require_words(pipeline: Any) -> None:
+    for name, part in pipeline.components.items():
+        if name.startswith("tokenizer") and part is not None and len(part) <= len(part.all_special_tokens):
+            raise ModelError(f"its {name} knows no words: files are missing in that folder")
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep loading bars, and notes about packages that nothing here needs, off the screen; put them back after."""
+def quiet() -> Iterator[None]:
+    """Keep the libraries' loading bars and notes to developers off the screen; put them back after."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     loggers = (diffusers_logging, transformers_logging)
-    levels = [logger.get_verbosity() for logger in loggers]
+    levels = [(logger.get_verbosity(), logger.is_progress_bar_enabled()) for logger in loggers]
     for logger in loggers:
         logger.set_verbosity_error()
         logger.disable_progress_bar()
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, (level, has_bars) in zip(loggers, levels, strict=True):
             logger.set_verbosity(level)
-            logger.enable_progress_bar()
+            if has_bars:
+                logger.enable_progress_bar()
 
 
 def _is_family(card: Card, pipeline: Any, denoiser: Any) -> bool:
     """A family is its denoiser's class and exactly its text encoders: SDXL has a UNet too, but two of them."""
     expected = {attribute for component, attribute in card.attributes.items() if component != "denoiser"}
     present = {name for name in getattr(pipeline, "components", {}) if name.startswith("text_encoder")}
-    return type(denoiser).__name__ == card.denoiser and present == expected
+    plain = getattr(denoiser, "_orig_mod", denoiser)  # torch.compile wraps it
+    return type(plain).__name__ == card.denoiser and present == expected

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from vislora.diffusion import Discrete
-from vislora.models.base import Card, Traits, read_traits
+from vislora.errors import ModelError
+from vislora.models.base import Card, Traits, quiet, read_traits
 
 
 class StableDiffusion:
@@ -51,7 +52,8 @@ class StableDiffusion:
 
     def encode_prompt(self, prompts: list[str]) -> dict[str, Tensor]:
         """Return `prompt_embeds` (batch, tokens, width)."""
-        embeds, _ = self.pipeline.encode_prompt(prompts, self.pipeline.device, 1, do_classifier_free_guidance=False)
+        with quiet():  # of captions that are too long: `sampling.cut_off` tells it once
+            embeds, _ = self.pipeline.encode_prompt(prompts, self.pipeline.device, 1, do_classifier_free_guidance=False)
         return {"prompt_embeds": embeds}
 
     def predict(self, noisy: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
@@ -63,8 +65,11 @@ def _objective(scheduler: Any) -> Discrete:
     from diffusers import DDPMScheduler
 
     training = DDPMScheduler.from_config(scheduler.config)
-    kind = "v" if training.config.prediction_type == "v_prediction" else "epsilon"
-    return Discrete(training.alphas_cumprod, kind)  # type: ignore[arg-type]
+    kinds: dict[str, Literal["epsilon", "v"]] = {"epsilon": "epsilon", "v_prediction": "v"}
+    kind = training.config.prediction_type
+    if kind not in kinds:
+        raise ModelError(f"prediction_type '{kind}' of its scheduler is not supported; known: {', '.join(kinds)}")
+    return Discrete(training.alphas_cumprod, kinds[kind])
 
 
 def _tags(pipeline: Any, resolution: int) -> dict[str, str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vislora.diffusion import Flow
-from vislora.models.base import Card, Traits, read_traits
+from vislora.models.base import Card, Traits, absent_parts, quiet, read_traits
 
 
 class StableDiffusion3:
@@ -40,7 +40,7 @@ class StableDiffusion3:
         """Load a diffusers folder."""
         from diffusers import StableDiffusion3Pipeline
 
-        pipeline = StableDiffusion3Pipeline.from_pretrained(path, dtype=dtype).to(device)
+        pipeline = StableDiffusion3Pipeline.from_pretrained(path, dtype=dtype, **absent_parts(path)).to(device)
         factor, patch = pipeline.vae_scale_factor, pipeline.transformer.config.patch_size
         resolution = pipeline.transformer.config.sample_size * factor
         return cls(pipeline, read_traits(path, pipeline, resolution, factor * patch, _tags(pipeline)))
@@ -54,7 +54,8 @@ class StableDiffusion3:
 
     def encode_prompt(self, prompts: list[str]) -> dict[str, Tensor]:
         """Return `prompt_embeds` (batch, tokens, width) and `pooled` (batch, width)."""
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
+        with quiet():  # of captions that are too long: `sampling.cut_off` tells it once
+            embeds, _, pooled, _ = self.pipeline.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
         return {"prompt_embeds": embeds, "pooled": pooled}
 
     def predict(self, noisy: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:

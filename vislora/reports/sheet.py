@@ -21,12 +21,14 @@ def contact_sheet(
     gap, size = max(4, cell // 24), max(11, cell // 11)
     font = ImageFont.load_default(size)
     side = int(cell * 1.25)
-    head = size * 2 + gap
+    heads = [_wrapped(label, cell, size) for label in column_labels]
+    lines = max((label.count("\n") + 1 for label in heads), default=0)
+    head = round(lines * size * 1.4) + 2 * gap
     width = side + len(column_labels) * (cell + gap) + gap
     sheet = Image.new("RGB", (width, head + len(rows) * (cell + gap) + gap), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for column, label in enumerate(column_labels):
-        draw.text((side + column * (cell + gap), gap), _wrapped(label, cell, size), INK, font)
+    for column, label in enumerate(heads):
+        draw.text((side + column * (cell + gap), gap), label, INK, font)
     for line, (images, label) in enumerate(zip(rows, row_labels, strict=True)):
         top = head + line * (cell + gap)
         draw.text((gap, top + gap), _wrapped(label, side - gap, size), INK, font)

@@ -19,11 +19,14 @@ from vislora.errors import VisloraError
 from vislora.files import replacing
 
 _NAME = re.compile(r"step-(\d{6,})")
-_TENSOR = "__tensor__"
+_TENSOR, _TUPLE = "__tensor__", "__tuple__"
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write `state` (nested dicts and lists of tensors, JSON values) as `folder`/step-NNNNNN; keep the last `keep`."""
+    """Write `state` as `folder`/step-NNNNNN; keep the last `keep`.
+
+    It is made of dicts, lists and tuples of tensors and JSON values, nested at will.
+    """
     path = folder / f"step-{step:06d}"
     tensors: dict[str, torch.Tensor] = {}
     plain = _split(state, "state", tensors)
@@ -48,8 +51,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Return the state in `path`. Raises `VisloraError` when it is damaged, naming the next older one to try."""
     try:
         tensors = load_file(path / "state.safetensors")
-        return _join(json.loads((path / "state.json").read_text()), tensors)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        state = _join(json.loads((path / "state.json").read_text()), tensors)
+        if not isinstance(state, dict):
+            raise TypeError("it holds no state")
+        return state
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise VisloraError(
             f"checkpoint {path} is damaged ({error}); delete that folder and run again: the one before it is used"
         ) from error
@@ -58,12 +64,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def _split(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     """Return `value` with every tensor moved to `tensors` and a reference in its place. Keys keep their type."""
     if isinstance(value, torch.Tensor):
+        name = f"{len(tensors)} {name}"  # the number tells {"a.b": ...} from {"a": {"b": ...}}
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {_TENSOR: name}
     if isinstance(value, dict):
         return {"__dict__": [[key, _split(item, f"{name}.{key}", tensors)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
-        return [_split(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
+        items = [_split(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
+        return {_TUPLE: items} if isinstance(value, tuple) else items
     return value
 
 
@@ -73,5 +81,7 @@ def _join(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, dict):
         if _TENSOR in value:
             return tensors[value[_TENSOR]]
+        if _TUPLE in value:
+            return tuple(_join(item, tensors) for item in value[_TUPLE])
         return {key: _join(item, tensors) for key, item in value["__dict__"]}
     return value

@@ -57,14 +57,13 @@ def fit(
         began, images, total = time.perf_counter(), 0, torch.zeros((), device=accelerator.device)
         rate = set_rate(optimizer, rate_factor(step, options.steps, options.schedule, options.warmup_steps))
         generator = _generator(options.seed, step, accelerator.process_index)
-        norm = torch.zeros(())
+        norm = 0.0
         for _ in range(options.accumulation):
             batch = next(batches)
             with accelerator.accumulate(module):
                 loss = module(batch, generator)
                 accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(module.parameters(), options.max_grad_norm)
+                norm = _clipped(accelerator, module, options.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             total += loss.detach() / options.accumulation
@@ -72,7 +71,14 @@ def fit(
         mean = accelerator.reduce(total, reduction="mean").item()
         _require_finite(mean, step + 1)
         speed = images * accelerator.num_processes / (time.perf_counter() - began)
-        yield StepRecord(step + 1, mean, rate, float(norm), speed)
+        yield StepRecord(step + 1, mean, rate, norm, speed)
+
+
+def _clipped(accelerator: Accelerator, module: DenoisingLoss, limit: float) -> float:
+    """Clip the gradients when this pass ends a step; return their norm before, else 0."""
+    if not accelerator.sync_gradients:
+        return 0.0
+    return float(accelerator.clip_grad_norm_(module.parameters(), limit))
 
 
 def _generator(seed: int, step: int, process: int) -> torch.Generator:
@@ -86,5 +92,5 @@ def _require_finite(loss: float, step: int) -> None:
     if not math.isfinite(loss):
         raise VisloraError(
             f"the loss is {loss} at step {step}: lower optimizer.learning_rate, or set loop.mixed_precision to no or "
-            "bf16; the last checkpoint is intact, --resume goes on from it"
+            "bf16, and start anew with --overwrite; the checkpoints written before are intact"
         )

@@ -8,7 +8,7 @@ A new family is one file beside this one and one line in `FAMILY_NAMES`. Torch-f
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from vislora.formats.names.sd import SD
 from vislora.formats.names.sd3 import SD3
@@ -29,13 +29,11 @@ DENOISER_ALIASES = ("lycoris_", "lora_transformer_")
 
 def find_flat(raw_name: str) -> tuple[FamilyNames, str, list[Found]] | None:
     """Look a flat name up in every family: (names, component, where it leads), or None when no table has it."""
-    for names in FAMILY_NAMES.values():
-        for component, table in names.tables.items():
-            aliases = DENOISER_ALIASES if component == "denoiser" else ()
-            for prefix in (names.flat_prefixes[component], *aliases):
-                found = table.find_flat(raw_name.removeprefix(prefix)) if raw_name.startswith(prefix) else []
-                if found:
-                    return names, component, found
+    for names, component, prefix in _prefixes():
+        if raw_name.startswith(prefix):
+            found = names.tables[component].find_flat(raw_name.removeprefix(prefix))
+            if found:
+                return names, component, found
     return None
 
 
@@ -65,6 +63,14 @@ def canonical(path: str) -> str:
     if path.startswith(("encoder.layers.", "embeddings.", "final_layer_norm")):
         return f"text_model.{path}"
     return path
+
+
+def _prefixes() -> Iterator[tuple[FamilyNames, str, str]]:
+    for names in FAMILY_NAMES.values():
+        for component, prefix in names.flat_prefixes.items():
+            yield names, component, prefix
+            if component == "denoiser":
+                yield from ((names, component, alias) for alias in DENOISER_ALIASES)
 
 
 def family_of_paths(paths: Iterable[str]) -> str | None:

@@ -47,4 +47,5 @@ SD = FamilyNames(
     tables={"denoiser": NameTable(map(Row, unet_paths())), "te:clip_l": CLIP},
     flat_prefixes={"denoiser": "lora_unet_", "te:clip_l": "lora_te_"},
     folders={"denoiser": "unet", "te:clip_l": "text_encoder"},
+    flattened=frozenset({"te:clip_l"}),
 )

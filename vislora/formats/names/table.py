@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 Swap = Literal["never", "always", "two rows per input"]
@@ -51,8 +52,8 @@ class NameTable:
     """The layers of one model, for any number of blocks and any width."""
 
     def __init__(self, rows: Iterable[Row]) -> None:
-        self._by_path: dict[str, list[tuple[re.Pattern[str], Row]]] = {}
-        self._by_flat: dict[str, list[tuple[re.Pattern[str], Row]]] = {}
+        self._by_path: dict[str, list[tuple[str, Row]]] = {}
+        self._by_flat: dict[str, list[tuple[str, Row]]] = {}
         for row in rows:
             stored = row.stored or row.path
             _enter(self._by_path, row.path, row)
@@ -82,26 +83,33 @@ class NameTable:
 class FamilyNames:
     """How the files of one model family name its components and their layers.
 
-    `flat_prefixes`: kohya's, per component; `folders`: diffusers' component names, also its key prefixes.
+    `flat_prefixes`: kohya's, per component; `folders`: diffusers' component names, also its key prefixes;
+    `flattened`: text encoders of the class CLIPTextModel, in whose tree transformers 5 has no `text_model`.
     """
 
     family: str
     tables: dict[str, NameTable]
     flat_prefixes: dict[str, str]
     folders: dict[str, str]
+    flattened: frozenset[str] = frozenset()
 
 
-def _enter(index: dict[str, list[tuple[re.Pattern[str], Row]]], template: str, row: Row) -> None:
-    pattern = re.compile(re.escape(template).replace(r"\{\}", NUMBER))
-    index.setdefault(_outline(template.replace("{}", "0")), []).append((pattern, row))
+def _enter(index: dict[str, list[tuple[str, Row]]], template: str, row: Row) -> None:
+    index.setdefault(_outline(template.replace("{}", "0")), []).append((template, row))
+
+
+@cache
+def _pattern(template: str) -> re.Pattern[str]:
+    """Compile a template when a name first needs it: all of them together take longer than reading a file's header."""
+    return re.compile(re.escape(template).replace(r"\{\}", NUMBER))
 
 
 def _outline(name: str) -> str:
     return re.sub(r"[0-9]+", "#", name)
 
 
-def _matches(index: dict[str, list[tuple[re.Pattern[str], Row]]], name: str) -> Iterable[tuple[Row, tuple[str, ...]]]:
-    for pattern, row in index.get(_outline(name), ()):
-        found = pattern.fullmatch(name)
+def _matches(index: dict[str, list[tuple[str, Row]]], name: str) -> Iterable[tuple[Row, tuple[str, ...]]]:
+    for template, row in index.get(_outline(name), ()):
+        found = _pattern(template).fullmatch(name)
         if found is not None:
             yield row, found.groups()

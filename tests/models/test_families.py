@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from functools import cache
+
+import pytest
+import torch
+
+from tests import tiny
+from vislora.errors import ModelError
+from vislora.models.base import Family, components_of, load_family
+from vislora.registry import FAMILIES
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+PROMPTS = ["a red cat", "", "ink outline of the house and a very long tail of words that is cut off"]
+
+
+@cache
+def family(name: str) -> Family:
+    return load_family(tiny.saved(name), torch.float32, CPU)
+
+
+def copied(name, tmp_path):
+    return shutil.copytree(tiny.saved(name), tmp_path / name)
+
+
+def fails(folder) -> str:
+    """Return the message; it is one line, and quick: nothing goes to the network."""
+    began = time.perf_counter()
+    with pytest.raises(ModelError) as caught:
+        load_family(folder, torch.float32, CPU)
+    assert time.perf_counter() - began < 5
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_loaded_family_is_frozen_and_keeps_the_contract(name):
+    loaded = family(name)
+    assert next(iter(loaded.components)) == "denoiser"
+    assert set(loaded.components) == set(loaded.card.attributes)
+    for component, module in loaded.components.items():
+        assert module is getattr(loaded.pipeline, loaded.card.attributes[component])
+        assert not module.training
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+    assert loaded.traits.resolution == 16
+    assert components_of(loaded.pipeline) == (name, dict(loaded.components))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prompts_are_encoded_as_the_pipeline_does(name):
+    loaded = family(name)
+    with torch.no_grad():
+        mine = loaded.encode_prompt(PROMPTS)
+        if name == "sd":
+            ids = loaded.pipeline.tokenizer(
+                PROMPTS, padding="max_length", max_length=tiny.TOKENS, truncation=True, return_tensors="pt"
+            ).input_ids
+            expected = {"prompt_embeds": loaded.pipeline.text_encoder(ids)[0]}
+        else:
+            embeds, _, pooled, _ = loaded.pipeline.encode_prompt(PROMPTS, PROMPTS, PROMPTS)
+            expected = {"prompt_embeds": embeds, "pooled": pooled}
+    assert mine.keys() == expected.keys()
+    for key, tensor in mine.items():
+        assert torch.equal(tensor, expected[key])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_caption_is_encoded_alone_as_in_a_batch(name):
+    loaded = family(name)
+    with torch.no_grad():
+        together, alone = loaded.encode_prompt(PROMPTS), loaded.encode_prompt(PROMPTS[:1])
+    for key, tensor in alone.items():
+        assert torch.allclose(tensor[0], together[key][0], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_predict_is_what_the_pipeline_computes(name):
+    loaded = family(name)
+    seen = []
+    denoiser = loaded.components["denoiser"]
+    hook = denoiser.register_forward_hook(
+        lambda _, args, kwargs, out: seen.append((args, kwargs, out)), with_kwargs=True
+    )
+    try:
+        with torch.no_grad():
+            loaded.pipeline(
+                ["a red cat", "the house"],
+                num_inference_steps=3,
+                guidance_scale=1.0,
+                width=16,
+                height=16,
+                output_type="latent",
+                generator=torch.Generator().manual_seed(0),
+            )
+    finally:
+        hook.remove()
+    assert len(seen) == 3
+    with torch.no_grad():
+        conditioning = loaded.encode_prompt(["a red cat", "the house"])
+    for args, kwargs, out in seen:
+        noisy = args[0] if args else kwargs["hidden_states"]
+        t = args[1] if len(args) > 1 else kwargs["timestep"]
+        with torch.no_grad():
+            predicted = loaded.predict(noisy, t.expand(2), conditioning)
+        assert (predicted - out[0]).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_images_are_encoded_as_the_pipeline_decodes_them(name):
+    loaded = family(name)
+    vae, config = loaded.pipeline.vae, loaded.pipeline.vae.config
+    pixels = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    latents = loaded.encode_image(pixels)
+    shift = config.shift_factor or 0.0
+    with torch.no_grad():
+        mode = vae.encode(pixels).latent_dist.mode()
+        decoded = vae.decode(latents / config.scaling_factor + shift)[0]
+    assert torch.equal(latents, (mode - shift) * config.scaling_factor)
+    assert latents.shape == (2, 4, 8, 12)
+    assert decoded.shape == pixels.shape
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_half_precision_bases_give_float32_latents_and_predictions_run(name):
+    loaded = load_family(tiny.saved(name), torch.bfloat16, CPU)
+    latents = loaded.encode_image(torch.zeros(1, 3, 16, 16))
+    assert latents.dtype == torch.float32
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        t = loaded.objective.sample_t(1, torch.Generator().manual_seed(0))
+        assert loaded.predict(latents, t, loaded.encode_prompt(["a cat"])).isfinite().all()
+
+
+def test_v_prediction_is_read_from_the_base(tmp_path):
+    folder = copied("sd", tmp_path)
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "prediction_type": "v_prediction"}))
+    loaded = load_family(folder, torch.float32, CPU)
+    assert loaded.objective.prediction == "v"
+    assert loaded.traits.tags["modelspec.prediction_type"] == "v"
+    path.write_text(json.dumps({**config, "prediction_type": "sample"}))
+    assert "prediction_type 'sample'" in fails(folder)
+
+
+def test_the_shift_of_a_flow_base_is_read_from_it():
+    assert family("sd3").objective.shift == 3.0
+
+
+def test_sd3_without_t5_loads_and_runs(tmp_path):
+    pipeline = tiny.sd3_pipeline()
+    pipeline.register_modules(text_encoder_3=None, tokenizer_3=None)
+    pipeline.save_pretrained(tmp_path / "base")
+    loaded = load_family(tmp_path / "base", torch.float32, CPU)
+    assert "te:t5" not in loaded.components
+    assert components_of(loaded.pipeline)[0] == "sd3"
+    assert loaded.encode_prompt(["a cat"])["prompt_embeds"].isfinite().all()
+
+
+@pytest.mark.parametrize("where", ["nowhere", "nobody/nothing", "./nobody/nothing"])
+def test_a_missing_base_is_told_at_once(where, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "does not exist" in fails(where)
+
+
+def test_a_folder_that_is_no_pipeline(tmp_path):
+    assert "has no model_index.json" in fails(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '"x"', "\xff"])
+def test_a_damaged_index(text, tmp_path):
+    (tmp_path / "model_index.json").write_bytes(text.encode("latin-1"))
+    assert "model_index.json is damaged" in fails(tmp_path)
+
+
+def test_an_unknown_pipeline(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "WuerstchenPipeline"}')
+    message = fails(tmp_path)
+    assert "WuerstchenPipeline" in message
+    assert "StableDiffusion3Pipeline" in message
+
+
+WEIGHTS = {"sd": ("unet", "vae", "text_encoder"), "sd3": ("transformer", "text_encoder_3")}
+PARTS = [(name, part) for name, parts in WEIGHTS.items() for part in parts]
+
+
+def weights_of(folder, part):
+    return next((folder / part).glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(("name", "part"), PARTS)
+def test_missing_weights(name, part, tmp_path):
+    folder = copied(name, tmp_path)
+    weights_of(folder, part).unlink()
+    assert str(folder) in fails(folder)
+
+
+@pytest.mark.parametrize(("name", "part"), PARTS)
+def test_cut_off_weights(name, part, tmp_path):
+    folder = copied(name, tmp_path)
+    path = weights_of(folder, part)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert str(folder) in fails(folder)
+
+
+def test_a_tokenizer_without_words(tmp_path):
+    folder = copied("sd", tmp_path)
+    for file in (folder / "tokenizer").iterdir():
+        file.unlink()
+    assert "tokenizer" in fails(folder)
+
+
+@pytest.mark.parametrize("part", ["unet", "scheduler", "tokenizer"])
+def test_a_missing_part(part, tmp_path):
+    folder = copied("sd", tmp_path)
+    shutil.rmtree(folder / part)
+    assert str(folder) in fails(folder)
+
+
+def test_weights_of_another_size(tmp_path):
+    folder = copied("sd", tmp_path)
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "cross_attention_dim": 24}))
+    assert str(folder) in fails(folder)
+
+
+def test_settings_in_a_base_that_are_not_known(tmp_path):
+    folder = copied("sd", tmp_path)
+    (folder / "vislora.json").write_text('{"stepz": 3}')
+    assert "vislora.json" in fails(folder)
+    (folder / "vislora.json").write_text('{"steps": 3, "guidance_scale": 2.5}')
+    assert load_family(folder, torch.float32, CPU).traits.steps == 3
+
+
+def test_libraries_get_their_verbosity_back():
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    assert diffusers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    before = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
+    load_family(tiny.saved("sd"), torch.float32, CPU)
+    assert (diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()) == before
+    assert diffusers_logging.is_progress_bar_enabled()
+    assert not transformers_logging.is_progress_bar_enabled()

@@ -1,0 +1,39 @@
+"""The settings of a training run with everything filled in that they leave to the base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vislora.config.train import TrainConfig
+from vislora.models.base import Traits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`config` holds the same figures as the fields beside it, which are never None."""
+
+    config: TrainConfig
+    steps: int
+    batch_size: int
+    learning_rate: float
+    text_learning_rate: float
+    resolution: int
+
+
+def make_plan(config: TrainConfig, traits: Traits, precision: str) -> Plan:
+    """Fill in what `config` leaves open from the base's traits; text encoders learn at half the rate by default.
+
+    `precision`: the mixed precision that the device gives: no, bf16 or fp16.
+    """
+    rate = config.optimizer.learning_rate or traits.learning_rate
+    text_rate = config.optimizer.text_encoder_learning_rate or rate / 2
+    steps, batch_size = config.loop.steps or traits.train_steps, config.loop.batch_size or traits.batch_size
+    resolution = config.data.resolution or traits.resolution
+    rates = {"learning_rate": rate, "text_encoder_learning_rate": text_rate}
+    loop = {"steps": steps, "batch_size": batch_size, "mixed_precision": precision}
+    sections = {
+        "data": config.data.model_copy(update={"resolution": resolution}),
+        "optimizer": config.optimizer.model_copy(update=rates),
+        "loop": config.loop.model_copy(update=loop),
+    }
+    return Plan(config.model_copy(update=sections), steps, batch_size, rate, text_rate, resolution)
