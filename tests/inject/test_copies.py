@@ -90,6 +90,17 @@ def test_the_model_changes_its_dtype_under_an_adapter(dtype):
     assert torch.equal(tiny.output(model, "cnn"), tiny.output(plain.to(dtype), "cnn"))
 
 
+def test_a_cast_keeps_the_meaning_of_the_adapter():
+    model = nn.Sequential(nn.Linear(8, 8))
+    slots = {"down": torch.randn(2, 8), "up": torch.randn(8, 2)}
+    inject_modules(model, "a", [FileModule("0", "lora", slots, 0.5)])
+    model.double()
+    x = torch.randn(4, 8, dtype=torch.float64)
+    weight = model[0].weight + 0.5 * slots["up"].double() @ slots["down"].double()
+    expected = nn.functional.linear(x, weight, model[0].bias)
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_half_and_bfloat16_methods():
     for change in (nn.Module.half, nn.Module.bfloat16, nn.Module.double):
         model = change(loaded(tiny.model("cnn"), "cnn"))
@@ -194,6 +205,16 @@ def test_a_parametrized_layer():
     picture.require_same(model)
     parametrize.remove_parametrizations(model[0], "weight", leave_parametrized=False)
     assert type(model[0]) is nn.Linear
+
+
+def test_a_layer_with_weight_norm_trains_its_adapter():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)))
+    picture, x = Picture.of(model), torch.randn(3, 6)
+    adapters = randomise(training(model, "cnn"))
+    model(x).square().sum().backward()
+    assert all(parameter.grad.any() for parameter in adapters.parameters())
+    eject(model, "fresh")
+    picture.require_same(model)
 
 
 @torch.no_grad()

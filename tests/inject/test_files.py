@@ -29,7 +29,7 @@ def test_misfits_are_counted_and_the_first_five_named_with_both_shapes():
         inject_modules(model, "ink", [*bad, modules[0], *modules[2:]])
     lines = str(caught.value).splitlines()
     assert lines[0] == "78 of 85 modules of adapter 'ink' fit UNet2DConditionModel; those that do not:"
-    assert lines[1] == "  nowhere.0: the model has no such layer"
+    assert lines[1] == "  nowhere.0: the model has no such layer (the adapter's delta is (5, 7))"
     assert lines[2] == f"  {modules[1].path}: the adapter's delta is (5, 7), the layer's weight (16, 16)"
     assert lines[6:] == ["  ... and 2 more"]
     picture.require_same(model)
@@ -42,7 +42,7 @@ def test_allow_partial_loads_the_rest_and_returns_the_misfits():
     bad = [FileModule("nowhere", "lora", SHAPED, 1.0), replace(modules[1], slots=SHAPED)]
     found = inject_modules(model, "ink", [modules[0], *bad], allow_partial=True)
     assert found == [
-        "nowhere: the model has no such layer",
+        "nowhere: the model has no such layer (the adapter's delta is (5, 7))",
         "1: the adapter's delta is (5, 7), the layer's weight (12, 8)",
     ]
     assert stack_of(model).paths == {"ink": ["0"]}

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from tests import tiny
@@ -185,9 +187,15 @@ def test_dropout_keeps_the_expectation(dropout):
     assert (error > 0).all()
 
 
-def test_accelerate_trains_a_wrapper_of_model_and_adapters():
-    from accelerate import Accelerator
+@pytest.fixture
+def accelerate_state():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
+
+@pytest.mark.usefixtures("accelerate_state")
+def test_accelerate_trains_a_wrapper_of_model_and_adapters():
     class Wrapper(nn.Module):
         def __init__(self, base: nn.Module, adapters: nn.Module) -> None:
             super().__init__()
