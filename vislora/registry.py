@@ -37,7 +37,14 @@ class Registry(Mapping[str, Any]):
         return name in self._targets
 
 
-ALGORITHMS = Registry("algorithm", {"lora": "vislora.algorithms.lora:LORA"})
+ALGORITHMS = Registry(
+    "algorithm",
+    {
+        "lora": "vislora.algorithms.lora:LORA",
+        "loha": "vislora.algorithms.loha:LOHA",
+        "lokr": "vislora.algorithms.lokr:LOKR",
+    },
+)
 
 FORMATS = Registry(
     "format",

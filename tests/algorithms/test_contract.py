@@ -46,7 +46,9 @@ def test_delta_is_linear_in_the_scale_and_has_the_shape_of_the_weight(algorithm:
     layer = case.layer()
     slots = drawn(layer, algorithm, tucker=tucker)
     delta = algorithm.delta(slots, 1.0, layer.weight)
-    assert delta.shape == layer.weight.shape == algorithm.shape(slots)
+    assert delta.shape == algorithm.shape(slots)
+    flat = algorithm.flat and delta.dim() == 2
+    assert delta.shape == (layer.weight.flatten(1) if flat else layer.weight).shape
     assert delta.dtype == torch.float32
     torch.testing.assert_close(algorithm.delta(slots, -2.5, layer.weight), -2.5 * delta)
     assert algorithm.delta({k: v.double() for k, v in slots.items()}, 1.0, layer.weight.double()).dtype == torch.float64
@@ -57,12 +59,12 @@ def test_slots_tell_rank_kind_and_algorithm(algorithm: Algorithm, case, tucker):
     layer = case.layer()
     slots = fresh(layer, algorithm, rank=2, tucker=tucker)
     spec = LayerSpec.of(layer)
-    assert algorithm.rank(slots) == 2
+    assert algorithm.rank(slots) == 2 or algorithm.own_rule(slots) == "ignored"
     assert spec.kind in algorithm.kinds(slots) <= KINDS
     assert slots.keys() <= algorithm.slots
     assert [name for name in ALGORITHMS if ALGORITHMS[name].matches(frozenset(slots))] == [algorithm.name]
     for missing in slots:
-        assert not algorithm.matches(frozenset(slots) - {missing}) or missing == "mid"
+        assert not algorithm.matches(frozenset(slots) - {missing}) or missing in ("mid", "lokr_t2")
 
 
 @EVERY

@@ -13,14 +13,14 @@ from vislora.errors import AdapterFileError
 from vislora.formats.adapter_file import not_supported
 
 
-@pytest.mark.parametrize("name", ["locon", "locon_tucker"])
+@pytest.mark.parametrize("name", ["locon", "locon_tucker", "loha", "lokr"])
 def test_deltas_are_those_of_lycoris(name):
     adapter = formats.load(fixture(f"lycoris_tiny/{name}.safetensors"))
     truth = load_file(fixture(f"lycoris_tiny/{name}.truth_delta.safetensors"))
     base = load_file(fixture("lycoris_tiny/base_subset.safetensors"))
     assert {f"{item.path}.weight" for item in adapter.modules} == truth.keys()
     for key, expected in truth.items():
-        delta = adapter.delta(key.removesuffix(".weight"))
+        delta = adapter.delta(key.removesuffix(".weight"), base[key])
         # the truth is float32(W + delta) - W, so its own rounding is relative to W
         assert torch.linalg.vector_norm(delta - expected) <= 5e-8 * torch.linalg.vector_norm(base[key].double())
         assert torch.linalg.vector_norm(delta - expected) <= 2e-6 * torch.linalg.vector_norm(delta)
@@ -32,7 +32,7 @@ def test_deltas_are_those_of_lycoris(name):
 
 @pytest.mark.parametrize(
     ("name", "kind", "count"),
-    [("loha", "loha", 22), ("lokr", "lokr", 22), ("full", "full", 22), ("norm", "norm", 10)],
+    [("full", "full", 22), ("norm", "norm", 10)],
 )
 def test_kinds_without_an_algorithm_are_loaded_kept_and_named(name, kind, count, tmp_path):
     adapter = formats.load(fixture(f"lycoris_tiny/{name}.safetensors"))

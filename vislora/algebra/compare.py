@@ -117,12 +117,19 @@ def _difference(first: AdapterModule, second: AdapterModule) -> Difference:
         return Difference(name, float("inf"), float("inf"), "one has a magnitude (DoRA), the other not the same")
     if _equal_parts(first, second):
         return Difference(name, 0.0, 0.0)
-    pairs = [(first.direction(), second.direction())]
+    pairs = [_directions(first, second)]
     pairs += [(one.to(torch.float64), two.to(torch.float64)) for one, two in _magnitudes(first, second)]
     for a, b in pairs:
         if a.shape != b.shape:
             return Difference(name, float("inf"), float("inf"), f"shape {list(a.shape)} became {list(b.shape)}")
     return Difference(name, max(_largest(*pair) for pair in pairs), max(_relative(*pair) for pair in pairs))
+
+
+def _directions(first: AdapterModule, second: AdapterModule) -> tuple[Tensor, Tensor]:
+    """Return both deltas, as matrices where one of the algorithms may not know the kernel."""
+    a, b = first.direction(), second.direction()
+    flat = first.direction_algorithm.flat or second.direction_algorithm.flat
+    return (a.flatten(1), b.flatten(1)) if flat else (a, b)
 
 
 def _largest(a: Tensor, b: Tensor) -> float:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vislora.errors import ConfigError
+
 Slots = Mapping[str, Tensor]
 Rule = Literal["alpha/r", "alpha/sqrt(r)", "none", "constraint", "ignored"]
 Init = Literal["kaiming", "gaussian"]
@@ -56,6 +58,16 @@ class InitOptions:
     generator: torch.Generator | None = None
 
 
+def every_kind(slots: Slots) -> frozenset[Kind]:
+    """Return all kinds of layers. A named function, as `no_rule` is, so that an adapted model can be pickled."""
+    return KINDS
+
+
+def no_rule(slots: Slots) -> Rule | None:
+    """Return None: the file decides on the rule of the scale."""
+    return None
+
+
 @dataclass(frozen=True)
 class Algorithm:
     """One adapter algorithm as plain functions over named slots (tensors go in and come out under the same names).
@@ -64,7 +76,9 @@ class Algorithm:
     init(spec, options): fresh slots, zero effect. rank(slots), shape(slots): the rank, the shape of the delta.
     kinds(slots): the kinds of layers that these slots can be put on.
     delta(slots, scale, base): the change of the base weight, of the base weight's shape, in the slots' dtype.
-    forward(x, base_out, slots, scale, layer, rank_dropout): `base_out` plus the change, without building the delta.
+    forward(x, base_out, slots, scale, layer, rank_dropout): `base_out` plus the change.
+    flat: slots may not tell the kernel; then shape and delta are a matrix, (out, all the rest).
+    own_rule(slots): the rule of the scale that these slots have whatever the file says, None when there is no such.
     """
 
     name: str
@@ -75,7 +89,13 @@ class Algorithm:
     shape: Callable[[Slots], tuple[int, ...]]
     delta: Callable[[Slots, float, Tensor | None], Tensor]
     forward: Callable[[Tensor, Tensor, Slots, float, nn.Module, float], Tensor]
-    kinds: Callable[[Slots], frozenset[Kind]] = lambda _: KINDS
+    kinds: Callable[[Slots], frozenset[Kind]] = every_kind
+    flat: bool = False
+    own_rule: Callable[[Slots], Rule | None] = no_rule
+
+    def scale(self, slots: Slots, alpha: float | None, rule: Rule) -> float:
+        """Return the factor on the product of `slots`, by their own rule when they have one."""
+        return scale_of(alpha, self.rank(slots), self.own_rule(slots) or rule)
 
 
 def scale_of(alpha: float | None, rank: int, rule: Rule = "alpha/r") -> float:
@@ -87,6 +107,26 @@ def scale_of(alpha: float | None, rank: int, rule: Rule = "alpha/r") -> float:
         return 1.0
     alpha = float(rank) if alpha is None else alpha
     return alpha / (math.sqrt(rank) if rule == "alpha/sqrt(r)" else rank)
+
+
+def drawn(size: tuple[int, ...], options: InitOptions) -> Tensor:
+    """Draw a projection as `options.init` says: Kaiming-uniform (a = sqrt 5) or Gaussian (std 1 / rank)."""
+    tensor = torch.empty(size)
+    if options.init == "gaussian":
+        return tensor.normal_(0.0, 1.0 / options.rank, generator=options.generator)
+    if options.init == "kaiming":
+        return nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=options.generator)
+    raise ConfigError(f"unknown init '{options.init}'; known: kaiming, gaussian")
+
+
+def add_weight(x: Tensor, base_out: Tensor, delta: Tensor, layer: nn.Module) -> Tensor:
+    """Return `base_out` plus what `layer` computes with `delta` as its weight; a flat delta gets the weight's shape."""
+    spec = LayerSpec.of(layer)
+    if spec is None:
+        raise TypeError(f"no adapters on {type(layer).__name__}")
+    weight = delta.reshape(spec.weight_shape)
+    # without the layer's padding_idx, which would keep gradients from that entry's delta
+    return base_out + (F.embedding(x, weight) if spec.kind == "embedding" else apply_weight(layer, x, weight, None))
 
 
 def apply_weight(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

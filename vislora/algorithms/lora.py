@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vislora.algorithms.base import Algorithm, Conv, InitOptions, Kind, LayerSpec, Slots
-from vislora.errors import AdapterFileError, ConfigError
+from vislora.algorithms.base import Algorithm, Conv, InitOptions, Kind, LayerSpec, Slots, drawn
+from vislora.errors import AdapterFileError
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 PLAIN = frozenset({"down", "up"})
@@ -36,14 +36,14 @@ def init(spec: LayerSpec, options: InitOptions) -> dict[str, Tensor]:
     rank = options.rank
     if spec.kind == "embedding":
         entries, width = spec.weight_shape
-        return {"embedding_down": _drawn((rank, entries), options), "embedding_up": torch.zeros(width, rank)}
+        return {"embedding_down": drawn((rank, entries), options), "embedding_up": torch.zeros(width, rank)}
     out, fan_in, *kernel = spec.weight_shape
     ones = [1] * len(kernel)
     up = torch.zeros(out, rank, *ones)
     if not (options.tucker and math.prod(kernel) > 1 and spec.groups == 1):
-        return {"down": _drawn((rank, fan_in, *kernel), options), "up": up}
-    mid = _drawn((rank, rank, *kernel), options)
-    return {"down": _drawn((rank, fan_in, *ones), options), "up": up, "mid": mid}
+        return {"down": drawn((rank, fan_in, *kernel), options), "up": up}
+    mid = drawn((rank, rank, *kernel), options)
+    return {"down": drawn((rank, fan_in, *ones), options), "up": up, "mid": mid}
 
 
 def rank(slots: Slots) -> int:
@@ -138,15 +138,6 @@ def _require_one_rank(slots: Slots) -> None:
     if len(ranks) > 1:
         shapes = ", ".join(f"{name} {tuple(slot.shape)}" for name, slot in slots.items())
         raise AdapterFileError(f"the slots are not of one rank: {shapes}; the file is damaged or of another algorithm")
-
-
-def _drawn(size: tuple[int, ...], options: InitOptions) -> Tensor:
-    tensor = torch.empty(size)
-    if options.init == "gaussian":
-        return tensor.normal_(0.0, 1.0 / options.rank, generator=options.generator)
-    if options.init == "kaiming":
-        return nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=options.generator)
-    raise ConfigError(f"unknown init '{options.init}'; known: kaiming, gaussian")
 
 
 LORA = Algorithm(

@@ -36,7 +36,7 @@ class AdapterConfig(Section):
     alpha: float | None = Field(None, gt=0)
     """The effect is scaled by alpha / rank. Default: alpha = rank, a scale of 1."""
     algorithm: str = "lora"
-    """Adapter algorithm."""
+    """Adapter algorithm: lora, loha, lokr."""
     rank_stabilized: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
     tucker: bool = False

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vislora.algorithms.base import Algorithm, Rule, scale_of
+from vislora.algorithms.base import Algorithm, Rule
 from vislora.algorithms.dora import Axis, decomposed
 from vislora.errors import AdapterFileError, listed, nearest
 from vislora.formats.parsed import Slice
@@ -82,15 +82,15 @@ class AdapterModule:
     @property
     def scale(self) -> float:
         """Return the factor that alpha, rank and rule make."""
-        return scale_of(self.alpha, self.rank, self.rule)
+        return self.direction_algorithm.scale(self.tensors, self.alpha, self.rule)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Return the shape of the delta, which is that of the base weight."""
+        """Return the shape of the delta: that of the base weight, or (out, all the rest) where kernels are unknown."""
         return self.direction_algorithm.shape(self.tensors)
 
     def direction(self) -> Tensor:
-        """Return the change of the base weight before any magnitude, in float64 and in the base weight's shape."""
+        """Return the change of the base weight before any magnitude, in float64 and of `shape`."""
         exact = {slot: tensor.to(torch.float64) for slot, tensor in self.tensors.items()}
         return self.direction_algorithm.delta(exact, self.scale, None)
 
@@ -130,9 +130,10 @@ class AdapterFile:
         raise AdapterFileError(f"the adapter has no module '{name}'{nearest(name, known)}")
 
     def delta(self, module: AdapterModule | str, base: Tensor | None = None) -> Tensor:
-        """Return the change of the base weight that `module` makes, in float64 and in the base weight's shape.
+        """Return the change of the base weight that `module` makes, in float64.
 
-        `module`: one of `modules`, or its raw name or path. `base`: the base weight, which DoRA depends on.
+        `module`: one of `modules`, or its raw name or path. `base`: the base weight, which DoRA depends on, and whose
+        shape the change gets; without it the shape is `module.shape`.
         Raises `AdapterFileError` for a kind that is not supported yet, and for DoRA without `base`.
         """
         module = self.find(module) if isinstance(module, str) else module

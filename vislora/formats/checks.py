@@ -10,6 +10,8 @@ from vislora.formats.slots import missing_slots
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
+_CORES = {"hada_w1_a": "hada_t1", "hada_w2_a": "hada_t2", "lokr_w1_a": "lokr_t1", "lokr_w2_a": "lokr_t2"}
+
 
 def problems(modules: Iterable[ParsedModule]) -> list[str]:
     """Return one line per fault, each naming its module and the tensors concerned."""
@@ -24,14 +26,33 @@ def _faults(module: ParsedModule) -> list[str]:
     missing = missing_slots(module.algo, module.refs)
     if missing:
         return [f"incomplete, it lacks {' and '.join(missing)} (it has {', '.join(sorted(module.refs))})"]
-    if module.algo != "lora":
+    if module.algo not in ("lora", "loha", "lokr"):
         return []
     odd = [
         f"{slot} is {ref.dtype}, not a floating type" for slot, ref in module.refs.items() if ref.dtype not in FLOATS
     ]
-    if odd:
-        return odd
-    return _embedding_faults(module) if "embedding_down" in module.refs else _lora_faults(module)
+    if module.algo != "lora":
+        return odd or _product_faults(module)
+    return odd or (_embedding_faults(module) if "embedding_down" in module.refs else _lora_faults(module))
+
+
+def _product_faults(module: ParsedModule) -> list[str]:
+    """Check the pairs of LoHa and LoKr: X_a (n, r) and X_b (r, m); with a core (r, r, ...) X_a is (r, n)."""
+    shapes = {slot: ref.shape for slot, ref in module.refs.items()}
+    shown = ", ".join(f"{slot} {list(shape)}" for slot, shape in shapes.items())
+    if any(0 in shape for shape in shapes.values()):
+        return [f"a tensor is empty: {shown}"]
+    if any(len(shapes[slot]) < 2 for slot in ("lokr_w1", "lokr_w2") if slot in shapes):
+        return [f"these shapes fit no layer: {shown}"]
+    for slot, left in shapes.items():
+        if not slot.endswith("_a"):
+            continue
+        right, core = shapes.get(f"{slot[:-1]}b", ()), shapes.get(_CORES[slot])
+        if len(left) != 2 or len(right) != 2 or (core is not None and len(core) < 3):
+            return [f"these shapes fit no layer: {shown}"]
+        if (left[1] != right[0]) if core is None else ((left[0], right[0]) != core[:2]):
+            return [f"its tensors do not share a rank: {shown}"]
+    return []
 
 
 def _embedding_faults(module: ParsedModule) -> list[str]:

@@ -79,13 +79,19 @@ def pack(modules: list[Stored], family: str | None, metadata: dict[str, str]) ->
         for slot, tensor in module.tensors.items():
             tensors[f"{module.name}.{KOHYA.suffixes[slot]}"] = tensor
         if module.magnitude is not None:
-            ones = [1] * (module.tensors["up"].dim() - 1)
-            shape = (-1, *ones) if module.magnitude_axis == "out" else (1, -1, *ones[1:])
-            tensors[f"{module.name}.dora_scale"] = module.magnitude.reshape(shape)
+            tensors[f"{module.name}.dora_scale"] = _dora_scale(module, module.magnitude)
         root = module.rule == "alpha/sqrt(r)"
         tensors[f"{module.name}.alpha"] = module.alpha * module.rank**0.5 if root else module.alpha
     kept = {key: value for key, value in metadata.items() if key not in NOT_KEPT}
     return [Packed(tensors, {**_fresh_metadata(modules, family, kept), **kept})]
+
+
+def _dora_scale(module: Stored, magnitude: Tensor) -> Tensor:
+    """Give the magnitude the axes of the weight where the slots tell them, else those that it came with."""
+    if "up" not in module.tensors:
+        return magnitude
+    ones = [1] * (module.tensors["up"].dim() - 1)
+    return magnitude.reshape((-1, *ones) if module.magnitude_axis == "out" else (1, -1, *ones[1:]))
 
 
 def _read_zero_alpha(module: ParsedModule) -> None:
@@ -131,6 +137,8 @@ def _resolved(module: ParsedModule, lead: Found) -> ParsedModule:
 
 
 def _swapped(module: ParsedModule, lead: Found) -> bool:
+    if lead.swap != "never" and module.algo not in ROW_SLOTS:
+        return True  # its slots may not tell the layer's inputs, and its rows could not be exchanged anyway
     return lead.swap == "always" or (lead.swap != "never" and has_two_rows_per_input(module.refs))
 
 
@@ -147,11 +155,13 @@ def _fresh_metadata(modules: list[Stored], family: str | None, kept: Mapping[str
     if any(key.startswith("ss_") for key in kept):
         return {}
     ranks, alphas = {module.rank for module in modules}, {module.alpha for module in modules}
+    kinds = {module.algo for module in modules}
+    plain = "networks.lora_sd3" if family == "sd3" else "networks.lora"
     fresh = {
-        "ss_network_module": "networks.lora_sd3" if family == "sd3" else "networks.lora",
+        "ss_network_module": plain if kinds == {"lora"} else "lycoris.kohya",
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
-        "ss_network_args": json.dumps({}),
+        "ss_network_args": json.dumps({"algo": kinds.pop()} if len(kinds) == 1 and kinds != {"lora"} else {}),
         "sshs_model_hash": "",
         "sshs_legacy_hash": "",
     }

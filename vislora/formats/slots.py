@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 
-KOHYA_SUFFIXES = {"down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight"}
 PEFT_SUFFIXES = {
     "down": "lora_A.weight",
     "up": "lora_B.weight",
@@ -22,6 +21,12 @@ COMMON = frozenset({"alpha", "dora_scale", "lora_magnitude_vector", "bias", "up_
 
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 _LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t1", "lokr_t2")
+KOHYA_SUFFIXES = {
+    "down": "lora_down.weight",
+    "up": "lora_up.weight",
+    "mid": "lora_mid.weight",
+    **{slot: slot for slot in (*_LOHA, *_LOKR)},
+}
 KINDS: dict[str, tuple[str, ...]] = {
     "lora": ("down", "up", "mid", "embedding_down", "embedding_up"),
     "loha": _LOHA,

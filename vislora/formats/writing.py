@@ -95,15 +95,24 @@ def why_unwritable(module: AdapterModule, form: Format, family: str | None) -> s
         return f"not supported yet: {{}} modules {module.unsupported}"
     if module.path is None:
         return "{} modules whose names no model family has"
-    if form.place(module.component, module.path, family) is None:
-        model = f"family '{family}'" if family else "an unknown family (name it with the setting `family`)"
-        return f"{{}} modules without a {form.name} name in {model}"
+    nowhere = _why_no_place(module, form, form.place(module.component, module.path, family), family)
+    if nowhere:
+        return nowhere
     if module.alpha == 0.0 and form.zero_alpha == "rank":
         return f"{{}} modules with alpha 0, which means alpha = rank in {form.name} files"
     if form.magnitudes != "any" and module.magnitude is not None and module.magnitude_axis == "in":
         return f"{{}} modules with DoRA per input, which {form.name} files do not have"
     slots = sorted(set(module.tensors) - set(form.suffixes))
     return f"{{}} modules with {' and '.join(slots)}, for which {form.name} files have no slot" if slots else ""
+
+
+def _why_no_place(module: AdapterModule, form: Format, place: Place | None, family: str | None) -> str:
+    if place is None:
+        model = f"family '{family}'" if family else "an unknown family (name it with the setting `family`)"
+        return f"{{}} modules without a {form.name} name in {model}"
+    if "up" not in module.tensors and (place.part is not None or place.swap != "never"):
+        return f"{{}} modules of kind {module.algo} on layers that {form.name} files fuse or reorder"
+    return ""
 
 
 def family_for_writing(adapter_file: AdapterFile) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from vislora.algorithms.base import Algorithm, Init, InitOptions, LayerSpec, Rule, scale_of
+from vislora.algorithms.base import Algorithm, Init, InitOptions, LayerSpec, Rule
 from vislora.errors import AdapterFileError, AdapterMismatchError, listed
 from vislora.inject.layer import Dropout, LayerAdapter, state_of
 from vislora.inject.stack import Stack, drop_if_empty, existing_stack, stack_of
@@ -198,7 +199,7 @@ def _fresh(
     assert spec is not None  # the index of the stack holds only such layers
     drawn = algorithm.init(spec, InitOptions(target.rank, options.tucker, options.init, generator))
     slots: dict[str, Tensor] = {name: nn.Parameter(slot) for name, slot in drawn.items()}
-    return LayerAdapter(algorithm, slots, scale_of(alpha, target.rank, options.rule), dropout=options.dropout)
+    return LayerAdapter(algorithm, slots, algorithm.scale(slots, alpha, options.rule), dropout=options.dropout)
 
 
 def _fitted(stack: Stack, modules: list[FileModule]) -> tuple[dict[str, LayerAdapter], list[str]]:
@@ -225,7 +226,7 @@ def _misfit(layer: nn.Module | None, module: FileModule) -> str | None:
         return f"the model has no such layer (the adapter's delta is {tuple(shape)})"
     spec = LayerSpec.of(layer)
     assert spec is not None  # the index of the stack holds only such layers
-    if _without_ones(shape) != _without_ones(spec.weight_shape):
+    if not _same_weight(shape, spec.weight_shape, algorithm.flat):
         return f"the adapter's delta is {tuple(shape)}, the layer's weight {tuple(spec.weight_shape)}"
     kinds = algorithm.kinds(module.slots)
     if spec.kind not in kinds:
@@ -233,6 +234,12 @@ def _misfit(layer: nn.Module | None, module: FileModule) -> str | None:
             f"the adapter is for layers of the kind {' or '.join(sorted(kinds))}, the layer is of the kind {spec.kind}"
         )
     return None
+
+
+def _same_weight(shape: tuple[int, ...], weight: tuple[int, ...], flat: bool) -> bool:
+    if flat and len(shape) == 2:
+        return shape == (weight[0], math.prod(weight[1:]))
+    return _without_ones(shape) == _without_ones(weight)
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -34,7 +34,14 @@ class Trained:
 
 def adapter_file(adapters: Mapping[str, AdapterSet], plan: Plan, trained: Trained, name: str, step: int) -> AdapterFile:
     """Return the adapter as it is now, tensors copied."""
-    modules = [
+    family = trained.family.card.name
+    metadata = _metadata(plan, trained, name, step)
+    return AdapterFile(modules=modules_of(adapters, plan), metadata=metadata, family=family)
+
+
+def modules_of(adapters: Mapping[str, AdapterSet], plan: Plan) -> list[AdapterModule]:
+    """Return the modules as they are now, tensors copied and in the precision of the file."""
+    return [
         AdapterModule(
             component=component,
             path=canonical(path) if component.startswith("te:clip") else path,
@@ -47,8 +54,6 @@ def adapter_file(adapters: Mapping[str, AdapterSet], plan: Plan, trained: Traine
         for component, parameters in adapters.items()
         for path, meta, slots in parameters.modules_with_slots()
     ]
-    family = trained.family.card.name
-    return AdapterFile(modules=modules, metadata=_metadata(plan, trained, name, step), family=family)
 
 
 def _metadata(plan: Plan, trained: Trained, name: str, step: int) -> dict[str, str]:
@@ -92,10 +97,12 @@ def _ss(plan: Plan, trained: Trained, name: str, step: int) -> dict[str, str]:
     per_epoch = max(1, len(trained.examples) * config.data.repeats)
     has_conv = adapter.preset in ("all", "every-layer")
     network_args = {"conv_dim": str(adapter.rank), "conv_alpha": str(alpha)} if has_conv else {}
+    plain = adapter.algorithm == "lora"
+    network_args |= {} if plain else {"algo": adapter.algorithm}
     values: dict[str, Any] = {
         "output_name": name,
         "sd_model_name": config.base or "vislora embedded",
-        "network_module": "networks.lora",
+        "network_module": "networks.lora" if plain else "lycoris.kohya",
         "network_dim": adapter.rank,
         "network_alpha": alpha,
         "network_args": json.dumps(network_args),

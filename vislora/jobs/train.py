@@ -18,11 +18,13 @@ from accelerate.state import AcceleratorState
 from vislora import formats
 from vislora.config.train import TrainConfig
 from vislora.data.scan import dataset_hash
-from vislora.errors import ConfigError, missing_extra
+from vislora.errors import ConfigError, listed, missing_extra
+from vislora.formats.adapter_file import AdapterFile
+from vislora.formats.writing import unwritable
 from vislora.inject.injection import AdapterSet, FreshOptions, eject, inject_fresh, summary
 from vislora.inject.layer import Dropout
 from vislora.inject.targets import Target, select
-from vislora.jobs.adapter_files import Trained, adapter_file
+from vislora.jobs.adapter_files import Trained, adapter_file, modules_of
 from vislora.jobs.datasets import Prepared, prepare_data
 from vislora.jobs.devices import DTYPES, pick_device, pick_precision
 from vislora.jobs.plan import Plan, make_plan
@@ -97,6 +99,7 @@ def run(config: TrainConfig) -> Iterator[Record]:
             family, base_hash(Path(config.base) if config.base else EMBEDDED), data.examples, data.buckets, started
         )
         adapters = _inject(config, family)
+        _require_writable(adapters, plan, family)
         for line in summary(family.components, adapters):
             yield Note(line)
         job = _assemble(plan, folder, family, data, adapters, accelerator, about)
@@ -221,6 +224,14 @@ def _inject(config: TrainConfig, family: Family) -> dict[str, AdapterSet]:
         if adapter.text_encoders and component != "denoiser":
             chosen[component] = select(module, [], "attention-ff", default)
     return {name: inject_fresh(family.components[name], FRESH, layers, options) for name, layers in chosen.items()}
+
+
+def _require_writable(adapters: dict[str, AdapterSet], plan: Plan, family: Family) -> None:
+    """Raise `ConfigError` when `config.format` has no place for what is about to be trained."""
+    form = plan.config.format
+    losses = unwritable(AdapterFile(modules=modules_of(adapters, plan), family=family.card.name), form)
+    if losses:
+        raise ConfigError(listed(f"format: a {form} file cannot hold the adapter:", map(str, losses)))
 
 
 def _assemble(

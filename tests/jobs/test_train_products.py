@@ -1,0 +1,48 @@
+"""Training LoHa and LoKr: the effect in training is that of the file, and what no file can hold is refused at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.jobs.train_helpers import config, trained
+from vislora import formats
+from vislora.errors import ConfigError
+from vislora.jobs.train import run
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_a_trained_adapter_is_in_its_file(kind, tmp_path):
+    value, _ = trained(tmp_path, "sd", adapter__algorithm=kind, adapter__preset="all", loop__steps=2)
+    read = formats.load(value.path)
+    assert {item.algo for item in read.modules} == {kind}
+    assert all(torch.isfinite(item.direction()).all() for item in read.modules)
+    assert any(item.direction().any() for item in read.modules)
+    assert read.metadata["ss_network_module"] == "lycoris.kohya"
+    assert f'"algo": "{kind}"' in read.metadata["ss_network_args"]
+    unet = tiny.model("unet")
+    for item in read.modules:
+        weight = unet.get_submodule(item.path).weight
+        assert read.delta(item, weight).shape == weight.shape
+
+
+@pytest.mark.parametrize(
+    ("family", "form", "reason"),
+    [
+        ("sd3", "kohya", "modules of kind loha on layers that kohya files fuse"),
+        ("sd", "peft", "peft files have no slot"),
+    ],
+)
+def test_what_no_file_can_hold_is_refused_before_training(family, form, reason, tmp_path):
+    settings = config(tmp_path, family, adapter__algorithm="loha", format=form)
+    with pytest.raises(ConfigError, match=reason):
+        list(run(settings))
+
+
+def test_kinds_may_differ_by_pattern(tmp_path):
+    targets = [{"pattern": "*.attn1.to_q", "algorithm": "lokr"}, {"pattern": "*.attn1.to_k", "rank": 3}]
+    value, _ = trained(tmp_path, "sd", adapter__targets=targets, loop__steps=1)
+    modules = formats.load(value.path).modules
+    kinds = {item.path.rpartition(".")[2]: item.algo for item in modules if ".attn1." in item.path}
+    assert (kinds["to_q"], kinds["to_k"], kinds["to_v"]) == ("lokr", "lora", "lora")
