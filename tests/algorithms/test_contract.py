@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 
@@ -94,6 +96,7 @@ def test_a_seed_gives_the_same_slots_and_leaves_the_global_generator_alone(algor
 @NAMES
 def test_an_algorithm_is_called_as_it_is_registered(name):
     assert ALGORITHMS[name].name == name
+    assert pickle.loads(pickle.dumps(ALGORITHMS[name])) == ALGORITHMS[name]
     assert not ALGORITHMS[name].matches(frozenset())
     assert not ALGORITHMS[name].matches(frozenset({"something", "else"}))
     assert not ALGORITHMS[name].matches(ALGORITHMS[name].slots | {"something"})

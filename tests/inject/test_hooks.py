@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-import types
+import inspect
 from collections.abc import Callable
+from types import MethodType
 
 import pytest
 import torch
@@ -103,6 +104,7 @@ BOTH = pytest.mark.parametrize(("on", "off"), HOOKS.values(), ids=HOOKS)
 def require_clean(model: nn.Module) -> None:
     plain = (nn.Linear, nn.Conv2d, nn.Embedding)
     assert all(type(layer) in plain for layer in leaves(model))
+    assert all(inspect.unwrap(layer.forward) == MethodType(type(layer).forward, layer) for layer in leaves(model))
     assert not any(STATE in module.__dict__ or STACK in module.__dict__ for module in model.modules())
 
 
@@ -137,6 +139,7 @@ def test_eject_under_hooks_that_came_after(on, off, expected):
     assert torch.equal(tiny.output(model, "unet"), expected[1])
     eject(model, "a")
     assert torch.equal(tiny.output(model, "unet"), expected[0])
+    require_clean(model)
     loaded(model, "unet")
     assert torch.equal(tiny.output(model, "unet"), expected[1])
     eject(model, "a")
@@ -208,7 +211,7 @@ def own_function(layer: nn.Module) -> None:
 
 
 def own_method(layer: nn.Module) -> None:
-    layer.forward = types.MethodType(lambda self, x: x, layer)
+    layer.forward = MethodType(lambda self, x: x, layer)
 
 
 def wrapper_of_the_captured_method(layer: nn.Module) -> None:
@@ -245,6 +248,8 @@ def test_an_unknown_forward_put_over_an_adapter_stops_eject_before_it_begins(pat
     picture = Picture.of(model)
     with pytest.raises(AdapterMismatchError, match=r"layer '7' .*remove it, eject the adapter, then install it again"):
         eject(model, "a")
+    with pytest.raises(AdapterMismatchError, match="remove it, load the adapter"):
+        loaded(model, "cnn", "b")
     picture.require_same(model)
     model[7].__dict__.pop("forward")
     eject(model, "a")

@@ -151,10 +151,10 @@ def put_on(layer: nn.Module, path: str, name: str, adapter: LayerAdapter) -> Non
     Raises `AdapterMismatchError` when something replaced the layer's `forward`, so that the adapter would be bypassed,
     and `ConfigError` when the layer has an adapter of this name already.
     """
+    _require_reachable(layer, path, "load")
     state = state_of(layer)
     if state is None:
         base_class = type(layer)
-        _require_reachable(layer, path, "load")
         _change_class(layer, adapted_class(base_class))
         state = layer.__dict__[STATE] = LayerState(base_class)
     elif name in state.adapters:
