@@ -46,7 +46,7 @@ class AdapterConfig(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the layer's input left out while training."""
     rank_dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of the rank's channels left out while training."""
+    """Share of the rank's channels left out while training; loha and lokr have none and pass it over."""
     module_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of adapter layers left out of a training step."""
     targets: tuple[TargetConfig, ...] = ()
