@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vislora.algorithms.base import Algorithm, InitOptions, LayerSpec
+from vislora.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ CASES: dict[str, Case] = {
     "conv2d-unbatched": Case(lambda: nn.Conv2d(4, 6, 3, padding=1), (4, 5, 6)),
     "conv3d": Case(lambda: nn.Conv3d(4, 6, (1, 3, 2), stride=(1, 2, 1), padding=(0, 1, 0)), (2, 4, 3, 5, 4)),
     "conv3d-grouped": Case(lambda: nn.Conv3d(4, 6, 2, groups=2), (1, 4, 3, 4, 3)),
+    "linear-even": Case(lambda: nn.Linear(6, 8), (2, 6)),
     "embedding": Case(lambda: nn.Embedding(7, 5), (2, 4)),
     "embedding-padded": Case(lambda: nn.Embedding(7, 5, padding_idx=0), (9,)),
 }
@@ -55,7 +57,9 @@ def fresh(
     spec = LayerSpec.of(layer)
     assert spec is not None
     options = InitOptions(rank, tucker=tucker, generator=torch.Generator().manual_seed(seed))
-    return {name: slot.to(layer.weight.dtype) for name, slot in algorithm.init(spec, options).items()}
+    dtype = layer.weight.dtype
+    drawn_slots = algorithm.init(spec, options).items()
+    return {name: slot.to(dtype if slot.is_floating_point() else slot.dtype) for name, slot in drawn_slots}
 
 
 def drawn(
@@ -65,3 +69,12 @@ def drawn(
     generator = torch.Generator().manual_seed(seed)
     slots = fresh(layer, algorithm, rank, tucker)
     return {name: (0.3 * torch.randn(slot.shape, generator=generator)).to(slot.dtype) for name, slot in slots.items()}
+
+
+def goes_on(algorithm: Algorithm, case: Case) -> bool:
+    """Say whether the algorithm makes slots for such a layer at all."""
+    try:
+        fresh(case.layer(), algorithm)
+    except ConfigError:
+        return False
+    return True

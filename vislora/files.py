@@ -8,8 +8,9 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vislora.errors import VisloraError
@@ -27,20 +28,49 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    made = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _sync(temporary)
         _swap(temporary, path)
     except OSError as error:
-        _remove(temporary)
+        _remove(temporary, made)
         raise _explained(error, path) from error
     except BaseException as error:
-        _remove(temporary)
+        _remove(temporary, made)
         code = _os_error_in(error)
         if code is None:
             raise
         raise _explained(OSError(code, os.strerror(code)), path) from error
+
+
+@contextmanager
+def reserving(candidates: Iterable[Path], taken: Callable[[Path], bool] = Path.exists) -> Iterator[Path]:
+    """Yield the first of `candidates` that is not `taken`, held against every other process that asks for it so.
+
+    What is to be there must be there when the block ends. Raises `VisloraError` when the place cannot be written to.
+    """
+    for path in candidates:
+        mark = path.with_name(f".{path.name}.taken")
+        if not _created(mark):
+            continue
+        try:
+            if not taken(path):
+                yield path
+                return
+        finally:
+            mark.unlink(missing_ok=True)
+    raise ValueError("none of the candidates is free")
+
+
+@contextmanager
+def syncing(path: Path) -> Iterator[None]:
+    """Write a file or folder to the disk while the body runs, so that nobody waits for the disk alone."""
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit(_sync, path)
+        yield
+        written.result()
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
@@ -58,6 +88,19 @@ def sha256(path: str | Path) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _created(mark: Path) -> bool:
+    """Create an empty file; say whether it was not there. Only one of several processes at once gets a yes."""
+    try:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except OSError as error:
+        if isinstance(error, FileExistsError) and mark.parent.is_dir():
+            return False
+        raise _explained(error, mark.parent) from error
+    os.close(descriptor)
+    return True
 
 
 def _sync(path: Path) -> None:
@@ -81,11 +124,15 @@ def _swap(temporary: Path, path: Path) -> None:
     _remove(old)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def _remove(path: Path, made: Iterable[Path] = ()) -> None:
+    """Remove `path`, and those folders of `made` that are empty then."""
+    with suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        for folder in made:
+            folder.rmdir()
 
 
 def _os_error_in(error: BaseException) -> int | None:

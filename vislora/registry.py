@@ -13,19 +13,36 @@ from vislora.errors import ConfigError, nearest
 
 
 class Registry(Mapping[str, Any]):
-    """A read-only mapping from a name to a part that is imported on first use."""
+    """A read-only mapping from a name to a part that is imported on first use.
 
-    def __init__(self, kind: str, targets: dict[str, str]) -> None:
+    `aliases`: other names for some of them, which are understood but not listed.
+    """
+
+    def __init__(self, kind: str, targets: dict[str, str], aliases: Mapping[str, str] | None = None) -> None:
         self.kind = kind
         self._targets = targets
+        self._aliases = dict(aliases or {})
+        self._parts: dict[str, Any] = {}
+
+    def name_of(self, name: str) -> str:
+        """Return the name that an alias stands for; any other name is returned as it is."""
+        return self._aliases.get(name, name)
+
+    def aliases_of(self, name: str) -> list[str]:
+        """Return the other names of a part."""
+        return [alias for alias, target in self._aliases.items() if target == name]
 
     def __getitem__(self, name: str) -> Any:
         """Import and return the part `name`. Raises `ConfigError` for an unknown name."""
+        name = self.name_of(name)
         if name not in self._targets:
             known = ", ".join(self._targets)
-            raise ConfigError(f"unknown {self.kind} '{name}'{nearest(name, self._targets)}; known: {known}")
-        module, attribute = self._targets[name].split(":")
-        return getattr(importlib.import_module(module), attribute)
+            close = nearest(name, [*self._targets, *self._aliases])
+            raise ConfigError(f"unknown {self.kind} '{name}'{close}; known: {known}")
+        if name not in self._parts:
+            module, attribute = self._targets[name].split(":")
+            self._parts[name] = getattr(importlib.import_module(module), attribute)
+        return self._parts[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._targets)
@@ -34,7 +51,7 @@ class Registry(Mapping[str, Any]):
         return len(self._targets)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._targets
+        return name in self._targets or name in self._aliases
 
 
 ALGORITHMS = Registry(
@@ -43,6 +60,13 @@ ALGORITHMS = Registry(
         "lora": "vislora.algorithms.lora:LORA",
         "loha": "vislora.algorithms.loha:LOHA",
         "lokr": "vislora.algorithms.lokr:LOKR",
+        "full": "vislora.algorithms.full:FULL",
+        "norm": "vislora.algorithms.norm:NORM",
+        "glora": "vislora.algorithms.glora:GLORA",
+        "oft": "vislora.algorithms.oft:OFT",
+        "boft": "vislora.algorithms.boft:BOFT",
+        "oft_peft": "vislora.algorithms.oft_peft:OFT_PEFT",
+        "ia3": "vislora.algorithms.ia3:IA3",
     },
 )
 
@@ -50,8 +74,26 @@ FORMATS = Registry(
     "format",
     {
         "kohya": "vislora.formats.kohya:KOHYA",
+        # before "diffusers": they take the alphas and magnitudes that stand beside their own slots
+        "diffusers-old": "vislora.formats.diffusers_old:DIFFUSERS_OLD",
+        "diffusers-mid": "vislora.formats.diffusers_old:DIFFUSERS_MID",
+        "comfy": "vislora.formats.comfy:COMFY",
         "diffusers": "vislora.formats.diffusers:DIFFUSERS",
         "peft": "vislora.formats.peft:PEFT",
+        "xlabs": "vislora.formats.xlabs:XLABS",
+        "cloneofsimo": "vislora.formats.cloneofsimo:CLONEOFSIMO",
+        "bare": "vislora.formats.bare:BARE",
+    },
+    aliases={
+        "sd-scripts": "kohya",
+        "a1111": "kohya",
+        "automatic1111": "kohya",
+        "webui": "kohya",
+        "forge": "kohya",
+        "lycoris": "kohya",
+        "comfyui": "comfy",
+        "bfl": "comfy",
+        "ai-toolkit": "comfy",
     },
 )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from vislora.algorithms.base import InitOptions, LayerSpec
 from vislora.formats import AdapterFile, AdapterModule
-from vislora.registry import ALGORITHMS
+from vislora.registry import ALGORITHMS, FORMATS
 
 torch.set_num_threads(1)
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -26,7 +28,43 @@ UNET_PATHS = (
     "mid_block.resnets.0.conv1",
     "up_blocks.0.attentions.1.transformer_blocks.0.ff.net.0.proj",
 )
+_ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+# what the keys of each format look like: every registered format needs some, and no other format may claim them
+EXAMPLE_KEYS = {
+    "kohya": (
+        "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight",
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.alpha",
+        "lycoris_mid_block_attentions_0_proj_in.hada_w1_a",
+    ),
+    "diffusers": (
+        f"unet.{_ATTENTION}.to_q.lora_A.weight",
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_B.weight",
+        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
+    ),
+    "diffusers-old": (
+        f"{_ATTENTION}.processor.to_q_lora.down.weight",
+        f"unet.{_ATTENTION}.processor.to_out_lora.up.weight",
+        "text_encoder.text_model.encoder.layers.0.self_attn.to_v_lora.up.weight",
+    ),
+    "diffusers-mid": (
+        f"{_ATTENTION}.to_q.lora.down.weight",
+        "unet.mid_block.resnets.0.conv1.lora.up.weight",
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_linear_layer.up.weight",
+    ),
+    "peft": (
+        f"base_model.model.{_ATTENTION}.to_q.lora_A.weight",
+        "unet.base_model.model.mid_block.attentions.0.proj_in.lora_B.weight",
+    ),
+    "comfy": (
+        "diffusion_model.input_blocks.4.1.proj_in.lora_A.weight",
+        "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.lora_up.weight",
+    ),
+    "xlabs": ("double_blocks.0.processor.qkv_lora1.down.weight", "single_blocks.0.processor.proj_lora.up.weight"),
+    "bare": ("double_blocks.0.img_attn.qkv.lora_A.weight", "joint_blocks.0.x_block.attn.proj.lora_up.weight"),
+    "cloneofsimo": ("unet:0:up", "unet:143:down", "text_encoder:47:up"),
+}
 CLIP_PATHS = ("text_model.encoder.layers.0.self_attn.q_proj", "text_model.encoder.layers.1.mlp.fc1")
+WRITABLE = [name for name in FORMATS if FORMATS[name].writable]
 
 
 def fixture(name: str) -> Path:
@@ -48,6 +86,26 @@ def materialise(name: str, path: Path, shrink: int = 16, dtype: torch.dtype = to
         tensors[key] = torch.randn(size, generator=generator).to(dtype) if shape else alpha.to(dtype)
     save_file(tensors, path)
     return tensors
+
+
+def listed_shapes(name: str) -> dict[str, list[int]]:
+    """Return key -> shape of a key listing, at the widths of the real model."""
+    shapes: dict[str, list[int]] = json.loads(fixture(name).read_text())["keys"]
+    return shapes
+
+
+def header_only(shapes: Mapping[str, Sequence[int]], path: Path, metadata: Mapping[str, str] | None = None) -> Path:
+    """Write a safetensors file of real size that takes no room: its data is a hole of zeros, in half precision."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata or {})}
+    end = 0
+    for key, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        entries[key] = {"dtype": "F16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return path
 
 
 def same_tensors(path: Path, expected: dict[str, Tensor]) -> None:

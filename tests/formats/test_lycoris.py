@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,7 +12,6 @@ from tests.formats.format_helpers import fixture, same_tensors
 from vislora import formats
 from vislora.algebra.compare import compare
 from vislora.errors import AdapterFileError
-from vislora.formats.adapter_file import not_supported
 
 
 @pytest.mark.parametrize("name", ["locon", "locon_tucker", "loha", "lokr"])
@@ -30,27 +31,24 @@ def test_deltas_are_those_of_lycoris(name):
         )
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "count"),
-    [("full", "full", 22), ("norm", "norm", 10)],
-)
-def test_kinds_without_an_algorithm_are_loaded_kept_and_named(name, kind, count, tmp_path):
-    adapter = formats.load(fixture(f"lycoris_tiny/{name}.safetensors"))
-    assert all(item.path for item in adapter.modules)
-    odd = [item for item in adapter.modules if item.unsupported]
-    if not odd:
-        pytest.skip(f"{kind} is supported")
-    assert len(odd) == count
-    assert not_supported(adapter.modules)[0].startswith(f"{count} modules of kind {kind}")
-    held = sum(len(item.tensors) + (item.bias is not None) + (item.magnitude is not None) for item in adapter.modules)
-    alphas = sum(item.alpha is not None for item in adapter.modules)
-    assert held + alphas == len(load_file(fixture(f"lycoris_tiny/{name}.safetensors")))
-    with pytest.raises(AdapterFileError, match="not supported yet"):
-        adapter.delta(odd[0])
-    with pytest.raises(AdapterFileError, match=f"{count} modules of kind {kind}"):
-        formats.save(adapter, tmp_path / "a.safetensors", "kohya")
-    with pytest.raises(AdapterFileError, match="not supported yet"):
-        compare(adapter, adapter)
+@pytest.mark.parametrize(("name", "kinds"), [("full", {"full": 22}), ("norm", {"lora": 22, "norm": 10})])
+def test_whole_weights_norms_and_biases_are_those_of_lycoris(name, kinds, tmp_path):
+    source = fixture(f"lycoris_tiny/{name}.safetensors")
+    adapter = formats.load(source)
+    truth = load_file(fixture(f"lycoris_tiny/{name}.truth_delta.safetensors"))
+    base = load_file(fixture("lycoris_tiny/base_subset.safetensors"))
+    assert Counter(item.algo for item in adapter.modules) == kinds
+    for key, expected in truth.items():
+        path, _, part = key.rpartition(".")
+        delta = adapter.delta(path, base[key]) if part == "weight" else adapter.bias_delta(path)
+        assert torch.linalg.vector_norm(delta - expected) <= 5e-8 * torch.linalg.vector_norm(base[key].double()) + 1e-9
+    changed = {f"{item.path}.weight" for item in adapter.modules}
+    changed |= {f"{item.path}.bias" for item in adapter.modules if item.bias is not None}
+    assert truth.keys() == changed
+    formats.save(adapter, tmp_path / "a.safetensors", "kohya")
+    renamed = {key.replace("lycoris_", "lora_unet_"): tensor for key, tensor in load_file(source).items()}
+    same_tensors(tmp_path / "a.safetensors", renamed)
+    assert compare(adapter, formats.load(tmp_path / "a.safetensors")).exact
 
 
 def test_dora_is_that_of_lycoris_and_goes_through_every_format(tmp_path):

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
@@ -36,6 +36,19 @@ CLIP = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "projection_dim": 8,
+}
+
+
+FLUX = {
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 12,
+    "pooled_projection_dim": 10,
+    "in_channels": 4,
+    "guidance_embeds": True,
+    "axes_dims_rope": (2, 2, 4),
 }
 
 
@@ -172,12 +185,22 @@ def test_peft_applies_our_dora_as_we_do(models, tmp_path):
         torch.testing.assert_close(merged[f"{item.path}.weight"].double(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_diffusers_loads_our_sd3_files(tmp_path):
-    model = SD3Transformer2DModel(**TINY)
+DENOISERS = {
+    "sd3": (SD3Transformer2DModel, TINY, "transformer"),
+    "flux": (FluxTransformer2DModel, FLUX, "transformer"),
+    "sdxl": (UNet2DConditionModel, {**UNET, "transformer_layers_per_block": 2}, "unet"),
+}
+
+
+@pytest.mark.parametrize("family", DENOISERS)
+def test_diffusers_loads_our_files_of_other_families(family, tmp_path):
+    kind, config, prefix = DENOISERS[family]
+    model = kind(**config)
     adapter = adapter_for("denoiser", model)
+    adapter.family = family
     formats.save(adapter, tmp_path / "a.safetensors", "diffusers")
     # without use_safetensors diffusers does not look at the metadata here
-    options = {"prefix": "transformer", "adapter_name": "a", "use_safetensors": True}
+    options = {"prefix": prefix, "adapter_name": "a", "use_safetensors": True}
     model.load_lora_adapter(tmp_path / "a.safetensors", **options)
     assert_same(adapter, "denoiser", peer_deltas(model, "a"))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
@@ -92,7 +94,9 @@ def test_dora_of_fused_and_of_reordered_layers(tmp_path):
     parts = [read.delta(path, rows) for path, rows in zip(MEMBERS, weight.chunk(3), strict=True)]
     torch.testing.assert_close(torch.cat(parts), whole)
     formats.save(read, tmp_path / "b.safetensors", "diffusers")
-    formats.save(formats.load(tmp_path / "b.safetensors"), tmp_path / "c.safetensors", "kohya")
+    again = formats.load(tmp_path / "b.safetensors")
+    assert again.family is None  # so narrow, these could be layers of Flux
+    formats.save(replace(again, family="sd3"), tmp_path / "c.safetensors", "kohya")
     found = load_file(tmp_path / "c.safetensors")
     assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
 
@@ -100,13 +104,13 @@ def test_dora_of_fused_and_of_reordered_layers(tmp_path):
 def test_members_that_are_no_rows_of_one_layer_are_refused(tmp_path):
     adapter = separate((2, 1.0), (2, 1.0), None)
     adapter.modules[1].tensors["up"] = torch.ones(9, 2)
-    with pytest.raises(AdapterFileError, match="should have one shape"):
+    with pytest.raises(AdapterFileError, match="should have rows in the proportions 1:1:1"):
         formats.save(adapter, tmp_path / "a.safetensors", "kohya")
 
 
 def test_rows_that_do_not_divide_by_three_are_refused(tmp_path):
     save_file({f"{QKV}.lora_down.weight": torch.ones(2, 8), f"{QKV}.lora_up.weight": torch.ones(25, 2)}, tmp_path / "a")
-    with pytest.raises(AdapterFileError, match="3 equal groups"):
+    with pytest.raises(AdapterFileError, match="output rows in the proportions 1:1:1"):
         formats.load(tmp_path / "a")
 
 
@@ -141,7 +145,7 @@ def _original_weights(shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
         found = place("denoiser", path, "sd3")
         assert found is not None, name
         stored = _dotted(path) + f".{kind}"
-        rows = shape[0] * (found.part[1] if found.part else 1)
+        rows = shape[0] * (len(found.part.sizes) if found.part else 1)
         weights[stored] = torch.zeros(rows, *shape[1:], dtype=torch.float64)
     return weights
 

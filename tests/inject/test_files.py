@@ -12,7 +12,7 @@ from torch import nn
 from tests import tiny
 from tests.inject.helpers import Picture, file_modules, loaded
 from vislora.errors import AdapterMismatchError, ConfigError
-from vislora.inject.injection import FileModule, inject_modules
+from vislora.inject.injection import FileModule, inject_modules, merge
 from vislora.inject.layer import state_of
 from vislora.inject.stack import existing_stack, stack_of
 
@@ -202,3 +202,7 @@ def test_modules_that_share_a_weight_are_adapted_each_on_its_own():
     assert torch.equal(model["tokens"](x), before)
     assert not torch.equal(model["head"](before), nn.functional.linear(before, model["tokens"].weight))
     assert model["head"].weight is model["tokens"].weight
+    merge(model)
+    assert torch.equal(model["tokens"](x), before)
+    effect = 2 * before.sum(1, keepdim=True).expand(7, 7)
+    torch.testing.assert_close(model["head"](before) - before @ model["tokens"].weight.T, effect, rtol=0, atol=1e-5)

@@ -17,7 +17,7 @@ from accelerate.hooks import (
     attach_align_device_hook,
     remove_hook_from_module,
 )
-from diffusers.hooks import HookRegistry
+from diffusers.hooks import HookRegistry, apply_group_offloading
 from diffusers.hooks import ModelHook as DiffusersHook
 from diffusers.hooks.layerwise_casting import apply_layerwise_casting
 from torch import nn
@@ -117,7 +117,15 @@ def expected() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @BOTH
-@pytest.mark.parametrize("steps", ["hook load eject unhook", "load hook unhook eject", "hook load unhook eject"])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        "hook load eject unhook",
+        "load hook unhook eject",
+        "hook load unhook eject",
+        "load hook eject load unhook eject",
+    ],
+)
 @torch.no_grad()
 def test_active_while_loaded_and_gone_after(on, off, steps, expected):
     model = tiny.model("unet")
@@ -170,6 +178,31 @@ def test_merged_before_offload_stays_active(expected):
     assert torch.equal(tiny.output(model, "unet"), merged)
     eject(model, "a")
     assert torch.equal(tiny.output(model, "unet"), expected[0])
+
+
+@pytest.mark.parametrize("disk", [False, True], ids=["memory", "disk"])
+@pytest.mark.parametrize("level", ["leaf_level", "block_level"])
+@pytest.mark.parametrize("first", ["hook", "load", "merge"])
+@torch.no_grad()
+def test_group_offloading(first, level, disk, tmp_path, expected):
+    """Without a stream it runs from the CPU to the CPU; on the disk, weights in memory are noise between forwards."""
+    model, out = tiny.model("unet"), expected[1]
+    if first != "hook":
+        loaded(model, "unet")
+    if first == "merge":
+        merge(model)
+        out = tiny.output(model, "unet")
+    where = {"onload_device": torch.device("cpu"), "offload_to_disk_path": str(tmp_path) if disk else None}
+    apply_group_offloading(model, offload_type=level, num_blocks_per_group=1, **where)
+    if first == "hook":
+        loaded(model, "unet")
+    for _ in range(2):
+        assert torch.equal(tiny.output(model, "unet"), out)
+        merge(model)  # with the weights away that changes nothing
+    eject(model, "a")
+    assert torch.equal(tiny.output(model, "unet"), expected[0])
+    assert bool(list(tmp_path.iterdir())) == disk
+    require_clean(model)
 
 
 @pytest.mark.parametrize("first", ["hook", "load"])

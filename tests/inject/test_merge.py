@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Mapping
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tests import tiny
 from tests.inject.helpers import Picture, chosen, file_modules, loaded, require_equal_states
-from tests.layers import CASES
+from tests.layers import CASES, goes_on
 from vislora.inject.injection import eject, inject_modules, merge, unmerge
 from vislora.inject.layer import state_of
 from vislora.inject.stack import stack_of
@@ -20,8 +23,15 @@ def merged_layers(model: nn.Module) -> int:
     return sum(state is not None and state.merged is not None for state in states)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("label", [label for label in CASES if "vector" not in label])
+FITTING = [
+    (label, name)
+    for label, case in CASES.items()
+    for name in ALGORITHMS
+    if "vector" not in label and goes_on(ALGORITHMS[name], case)
+]
+
+
+@pytest.mark.parametrize(("label", "algorithm"), FITTING)
 def test_merged_equals_unmerged(label, algorithm):
     model = nn.Sequential(CASES[label].layer(torch.float64))
     x = CASES[label].input(torch.float64)
@@ -118,3 +128,92 @@ def test_layers_with_a_forward_of_their_own_and_one_byte_weights_stay_unmerged()
     merge(model)
     assert [state_of(layer).merged is not None for layer in model] == [False, True, False]
     assert {slot.dtype for slot in state_of(model[2]).adapters["a"].slots.values()} == {torch.float32}
+
+
+def other_state(model: nn.Module) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(5)
+    state = model.state_dict()
+    return {  # positive, as a variance must be
+        key: 0.2 * torch.rand(value.shape, generator=draw) if value.is_floating_point() else value.clone()
+        for key, value in state.items()
+    }
+
+
+def copy_in_place(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for key, value in [*model.named_parameters(), *model.named_buffers()]:
+            value.copy_(state[key])
+
+
+def replace_parameters(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    copy_in_place(model, state)  # buffers
+    for key in dict(model.named_parameters()):
+        parent, _, name = key.rpartition(".")
+        setattr(model.get_submodule(parent), name, nn.Parameter(state[key].clone()))
+
+
+WAYS: dict[str, Callable[[nn.Module, Mapping[str, Tensor]], object]] = {
+    "load_state_dict": lambda model, state: model.load_state_dict(state),
+    "assign": lambda model, state: model.load_state_dict(copy.deepcopy(state), assign=True),
+    "copy_": copy_in_place,
+    "setattr": replace_parameters,
+}
+LOADING = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+
+
+@LOADING
+@pytest.mark.parametrize("name", ["cnn", "unet"])
+@torch.inference_mode()
+def test_new_base_weights_are_merged_anew_and_stay_when_the_adapter_goes(way, name):
+    with torch.inference_mode(False):
+        model, expected = tiny.model(name), tiny.model(name)
+        state = other_state(model)
+        expected.load_state_dict(state)
+        loaded(model, name)
+        merge(model)
+        old = tiny.output(model, name)
+        way(model, state)
+    out = tiny.output(model, name)
+    assert merged_layers(model) == len(chosen(model, name))
+    base = tiny.output(expected, name)
+    merge(loaded(expected, name))
+    assert torch.equal(out, tiny.output(expected, name))
+    assert not torch.allclose(out, old, atol=1e-3)
+    eject(model, "a")
+    assert torch.equal(tiny.output(model, name), base)
+    require_equal_states(model.state_dict(), state)
+
+
+def test_what_is_merged_anew_in_inference_mode_serves_passes_with_gradients():
+    model, x = nn.Sequential(nn.Linear(6, 5)), torch.ones(2, 6, requires_grad=True)
+    inject_modules(model, "a", file_modules(model, "cnn"))
+    merge(model)
+    copy_in_place(model, other_state(model))
+    with torch.inference_mode():
+        model(x)
+    model(x).sum().backward()
+    torch.testing.assert_close(x.grad[0], state_of(model[0]).merged.sum(0))
+
+
+def test_a_merged_weight_is_not_computed_again_without_need():
+    model = loaded(tiny.model("cnn"), "cnn")
+    merge(model)
+    before = [state_of(model[index]).merged for index in (0, 1, 5)]
+    tiny.output(model, "cnn")
+    model.requires_grad_(False).train().eval()
+    tiny.output(model, "cnn")
+    assert all(state_of(model[index]).merged is merged for index, merged in zip((0, 1, 5), before, strict=True))
+
+
+@torch.no_grad()
+def test_weights_loaded_into_a_compiled_merged_model():
+    torch._dynamo.reset()
+    model, x = nn.Sequential(nn.Linear(6, 5)), torch.ones(2, 6)
+    inject_modules(model, "a", file_modules(model, "cnn"))
+    merge(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    old = compiled(x)
+    model.load_state_dict(other_state(model))
+    torch.testing.assert_close(compiled(x), model(x))
+    assert not torch.allclose(compiled(x), old, atol=1e-3)
+    torch._dynamo.reset()

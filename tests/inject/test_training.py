@@ -151,7 +151,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
         torch.testing.assert_close(checkpointed[key], plain[key], rtol=1e-4, atol=1e-5)
 
 
-DROPOUTS = pytest.mark.parametrize("dropout", [Dropout(input=0.3), Dropout(rank=0.3), Dropout(module=0.3)])
+DROPOUTS = pytest.mark.parametrize(
+    "dropout", [Dropout(input=0.3), Dropout(rank=0.3), Dropout(module=0.3), Dropout(0.3, 0.3, 0.3)]
+)
 
 
 @DROPOUTS
@@ -221,6 +223,21 @@ def test_accelerate_trains_a_wrapper_of_model_and_adapters():
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.99 * losses[0]
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.usefixtures("accelerate_state")
+def test_accelerate_prepares_the_adapters_themselves():
+    model = tiny.model("clip")
+    adapters = training(model, "clip")
+    accelerator = Accelerator(cpu=True)
+    prepared, optimizer = accelerator.prepare(adapters, torch.optim.SGD(adapters.parameters(), lr=1.0))
+    accelerator.backward(tiny.output(model, "clip").square().mean())
+    before = {path: slots for path, _, slots in adapters.modules_with_slots()}
+    optimizer.step()
+    after = {path: slots for path, _, slots in accelerator.unwrap_model(prepared).modules_with_slots()}
+    assert any(not torch.equal(before[path]["up"], after[path]["up"]) for path in before)
+    # while the up projections are zero, no gradient reaches the down projections
+    assert all(torch.equal(before[path]["down"], after[path]["down"]) for path in before)
 
 
 def test_summary_counts_layers_and_parameters():

@@ -16,7 +16,7 @@ from vislora.formats.adapter_file import AdapterFile
 from vislora.jobs.convert import convert, run
 from vislora.records import Done, Note
 
-PLACES = {"kohya": "out.safetensors", "diffusers": "out.safetensors", "peft": "out"}
+PLACES = {"kohya": "out.safetensors", "diffusers": "out.safetensors", "peft": "out", "comfy": "out.safetensors"}
 
 
 @pytest.fixture
@@ -55,7 +55,8 @@ def test_what_cannot_be_kept_is_told_and_nothing_is_written(tmp_path):
     records = list(run(ConvertConfig(source=tmp_path / "b.safetensors", destination=tmp_path / "c", to="peft")))
     lines = [item.text for item in records if isinstance(item, Note)]
     assert any(
-        "1 modules with mid, for which peft files have no slot (first: denoiser: conv_out)" in line for line in lines
+        "1 modules with mid, for which peft files have no slot; convert it to plain LoRA (--as lora) (first: " in line
+        for line in lines
     )
     assert any("1 embeddings, which have no place" in line for line in lines)
     assert any("1 tensors that belong to no module (first: _aux.x)" in line for line in lines)
@@ -69,24 +70,32 @@ def test_what_cannot_be_kept_is_told_and_nothing_is_written(tmp_path):
     assert compare(adapter, formats.load(tmp_path / "c")).ok(1e-6)
 
 
-def test_kinds_that_are_not_supported_are_named(tmp_path):
+def test_kinds_that_a_format_cannot_hold_are_named(tmp_path):
     glora = {f"lora_unet_conv_out.{name}.weight": torch.ones(4, 4) for name in ("a1", "a2", "b1", "b2")}
+    other = {"lora_unet_mid_block_resnets_0_conv1.set_weight": torch.ones(4, 4, 3, 3)}
     formats.save(sd_adapter(), tmp_path / "a.safetensors", "kohya")
     save_file({**load_file(tmp_path / "a.safetensors"), **glora}, tmp_path / "b.safetensors")
     report = convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "diffusers")
-    assert report.lost == ["not supported yet: 1 modules of kind glora (first: denoiser: conv_out)"]
+    slots = "a1 and a2 and b1 and b2"
+    line = f"1 modules with {slots}, for which diffusers files have no slot (first: denoiser: conv_out)"
+    assert report.lost == [line]
+    assert convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "kohya").ok
+    formats.save(sd_adapter(), tmp_path / "a.safetensors", "kohya")
+    tensors = load_file(tmp_path / "a.safetensors")
+    kept = {key: tensor for key, tensor in tensors.items() if "resnets_0_conv1" not in key}
+    save_file({**kept, **other}, tmp_path / "d.safetensors")
+    report = convert(tmp_path / "d.safetensors", tmp_path / "e.safetensors", "kohya")
+    assert report.lost == ["not supported yet: 1 modules of kind set (first: denoiser: mid_block.resnets.0.conv1)"]
 
 
 def test_a_mismatch_is_never_written(source, tmp_path, monkeypatch):
-    real = job.load
+    real = job.write
 
-    def tampered(path):
-        adapter = real(path)
-        if path != source:
-            adapter.find("conv_in").tensors["up"][0] += 1e-3
-        return adapter
+    def tampered(packed, path):
+        packed[0].tensors["unet.conv_in.lora_B.weight"] = packed[0].tensors["unet.conv_in.lora_B.weight"] + 1e-3
+        real(packed, path)
 
-    monkeypatch.setattr(job, "load", tampered)
+    monkeypatch.setattr(job, "write", tampered)
     (tmp_path / "a.safetensors").write_bytes(b"precious")
     report = convert(source, tmp_path / "a.safetensors", "diffusers", overwrite=True)
     assert not report.written

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -14,10 +15,10 @@ from tests import tiny
 from tests.jobs.test_pipelines import adapter
 from vislora import formats
 from vislora.config.generate import GenerateConfig
-from vislora.errors import AdapterFileError, AdapterMismatchError, ConfigError, ModelError
+from vislora.errors import AdapterFileError, AdapterMismatchError, ConfigError, ModelError, VisloraError
 from vislora.jobs.generate import generate
 from vislora.jobs.recipes import read_recipe
-from vislora.jobs.studio import free_numbers
+from vislora.jobs.studio import free_numbers, save_numbered
 from vislora.models.base import components_of, load_family
 from vislora.models.schedulers import DIFFUSION, FLOW
 from vislora.records import Done, Note
@@ -229,6 +230,45 @@ def test_no_image_is_ever_overwritten(tmp_path):
     assert next(free_numbers(tmp_path / "nowhere")) == 0
 
 
+def write_many(folder, recipe, count):
+    numbers = free_numbers(folder)
+    for _ in range(count):
+        save_numbered(Image.new("RGB", (2, 2)), folder, numbers, recipe)
+
+
+def test_processes_that_write_into_one_folder_share_the_numbers(tmp_path):
+    (picture,) = made(tmp_path)
+    out, children = tmp_path / "out", []
+    for _ in range(4):
+        child = os.fork()
+        if child == 0:
+            try:
+                write_many(out, picture.recipe, 25)
+                os._exit(0)
+            finally:
+                os._exit(1)  # or the child would go on with the tests
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    assert sorted(path.name for path in out.iterdir()) == [f"{number:05d}-0.png" for number in range(101)]
+
+
+def test_a_number_that_another_process_is_about_to_write_is_left_to_it(tmp_path):
+    numbers = free_numbers(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".00000.taken").touch()
+    (tmp_path / "out" / "00001-7.png").touch()
+    (picture,) = made(tmp_path, output="other")
+    saved = save_numbered(picture.image, tmp_path / "out", numbers, picture.recipe)
+    assert saved.path.name == "00002-0.png"
+    assert {path.name for path in saved.path.parent.iterdir()} == {".00000.taken", "00001-7.png", "00002-0.png"}
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(VisloraError, match=r"cannot write .*out: File exists"):
+        made(tmp_path)
+
+
 def test_sheets(tmp_path, adapters):
     stack = tuple(f"{adapters}/sd-{letter}.safetensors:0.5" for letter in "ab")
     for _ in range(2):
@@ -344,3 +384,22 @@ def test_a_prompt_that_is_too_long_is_told_once(tmp_path, capfd):
 def test_no_prompt(tmp_path):
     with pytest.raises(ConfigError, match="no prompt"):
         made(tmp_path, prompt=())
+
+
+def test_a_pickle_makes_the_same_image_when_it_is_allowed(tmp_path, adapters):
+    torch.save(load_file(adapters / "sd-a.safetensors"), tmp_path / "a.pt")
+    with pytest.raises(AdapterFileError, match="--allow-pickle"):
+        made(tmp_path, adapter=(f"{tmp_path}/a.pt:0.5",))
+    pickled = made(tmp_path, adapter=(f"{tmp_path}/a.pt:0.5",), allow_pickle=True)
+    assert same(pickled, made(tmp_path, adapter=(f"{adapters}/sd-a.safetensors:0.5",)))
+    assert same(pickled, generate(like=pickled[0].path, output=tmp_path / "again", allow_pickle=True))
+
+
+def test_what_an_adapter_file_holds_beside_its_modules_is_told(tmp_path, adapters):
+    more = {"bundle_emb.cat.clip_l": torch.ones(1, 16), "_aux.x": torch.ones(1)}
+    save_file({**load_file(adapters / "sd-a.safetensors"), **more}, tmp_path / "a.safetensors")
+    settings = {"base": str(tiny.saved("sd")), "prompt": ("a cat",), "output": tmp_path / "out", **COMMON}
+    records = job.run(GenerateConfig.of({**settings, "adapter": (f"{tmp_path}/a.safetensors",)}))
+    notes = [record.text for record in records if isinstance(record, Note)]
+    assert any("1 textual inversion embeddings" in note for note in notes)
+    assert any("are not used (first: _aux.x)" in note for note in notes)

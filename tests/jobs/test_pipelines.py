@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from safetensors.torch import save_file
 
 import vislora
 from tests import tiny
@@ -140,6 +141,25 @@ def test_attention_slicing_goes_together(tmp_path):
     vislora.eject(pipeline)
     pipeline.disable_attention_slicing()
     assert torch.equal(image(pipeline), image(fresh("sd")))
+
+
+def test_fusing_projections_over_an_adapter_stops_the_pipeline(pipeline, tmp_path):
+    saved(pipeline, tmp_path / "a.safetensors")
+    plain = image(pipeline)
+    vislora.load(pipeline, tmp_path / "a.safetensors")
+    loaded = image(pipeline)
+    fusing = pipeline if hasattr(pipeline, "fuse_qkv_projections") else pipeline.transformer
+    fusing.fuse_qkv_projections()
+    with pytest.raises(AdapterMismatchError, match=r"call unfuse_qkv_projections\(\)"):
+        image(pipeline)
+    fusing.unfuse_qkv_projections()
+    assert torch.equal(image(pipeline), loaded)
+    vislora.eject(pipeline)
+    fusing.fuse_qkv_projections()
+    assert torch.allclose(image(pipeline), plain, atol=1e-5)
+    with pytest.raises(AdapterMismatchError, match=r"call unfuse_qkv_projections\(\)"):
+        vislora.load(pipeline, tmp_path / "a.safetensors")
+    assert loaded_strengths(pipeline) == {}
 
 
 def test_two_pipelines_of_the_same_parts_share_their_adapters(tmp_path):
@@ -330,3 +350,11 @@ def test_files_that_are_no_adapters(tmp_path):
         with pytest.raises(AdapterFileError, match=path.name):
             vislora.load(pipeline, path)
     assert loaded_strengths(pipeline) == {}
+
+
+def test_a_whole_fused_layer_is_named_with_the_way_out(tmp_path):
+    slots = {"lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(18, 8)}
+    name = "lora_unet_joint_blocks_0_x_block_attn_qkv"
+    save_file({f"{name}.{slot}": tensor for slot, tensor in slots.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterFileError, match=r"the model has in parts: .* convert it to plain LoRA \(--as lora\)"):
+        vislora.load(fresh("sd3"), tmp_path / "a.safetensors")

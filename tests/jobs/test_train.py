@@ -164,25 +164,6 @@ def test_noise_offset_is_the_same_over_a_channel(small_batch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_base_is_as_before(family, tmp_path, monkeypatch):
-    seen = []
-
-    def kept(*arguments):
-        seen.append(load_family(*arguments))
-        return seen[0]
-
-    monkeypatch.setattr(job, "load_family", kept)
-    trained(tmp_path, family, adapter__text_encoders=True, sample__every=4, sample__prompts=("a cat",))
-    fresh = load_family(tiny.saved(family), torch.float32, CPU)
-    for component, module in seen[0].components.items():
-        assert same(module.state_dict(), fresh.components[component].state_dict())
-        assert [type(layer) for layer in module.modules()] == [
-            type(layer) for layer in fresh.components[component].modules()
-        ]
-        assert not any("vislora" in key for layer in module.modules() for key in layer.__dict__)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
 def test_text_encoders_are_trained_and_saved(family, tmp_path):
     value, records = trained(tmp_path, family, adapter__text_encoders=True, loop__steps=2)
     adapter = formats.load(value.path)

@@ -30,8 +30,8 @@ def test_a_trained_adapter_is_in_its_file(kind, tmp_path):
 @pytest.mark.parametrize(
     ("family", "form", "reason"),
     [
-        ("sd3", "kohya", "modules of kind loha on layers that kohya files fuse"),
-        ("sd", "peft", "peft files have no slot"),
+        ("sd3", "kohya", "modules that kohya files fuse into one: its parts of kind loha do not share"),
+        ("sd", "diffusers", "diffusers files have no slot"),
     ],
 )
 def test_what_no_file_can_hold_is_refused_before_training(family, form, reason, tmp_path):

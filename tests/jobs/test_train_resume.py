@@ -105,6 +105,25 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
     assert steps_in(tmp_path / "run" / "log.jsonl") == list(range(1, at + 3))
 
 
+def test_tensorboard_shows_a_step_that_was_done_again_once(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    settings = {"loop__tensorboard": True, "loop__save_every": 2, "optimizer__schedule": "constant"}
+    killed = run(config(tmp_path, **settings))
+    for record in killed:
+        if isinstance(record, Progress) and record.task == "training" and record.done == 3:
+            break
+    killed.close()  # ends without a checkpoint of step 3
+    _, records = trained(tmp_path, resume=True, **settings)
+    assert "going on from step 2 of 4" in notes(records)
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    for name in ("loss", "learning_rate", "grad_norm"):
+        shown = [(event.step, event.value) for event in events.Scalars(name)]
+        assert shown == [(line["step"], pytest.approx(line[name])) for line in log]
+    assert steps_in(tmp_path / "run" / "log.jsonl") == [1, 2, 3, 4]
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_over_on_resume(tmp_path):
     root = tmp_path / "run"
     root.mkdir()
@@ -253,16 +272,13 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, whole_path, monkeypa
 
 
 def test_a_full_disk_while_the_adapter_is_saved(tmp_path, monkeypatch):
-    import safetensors.torch
+    from vislora.formats.writing import write_tensors
 
-    original = safetensors.torch.save_file
+    def full(path, *rest):
+        write_tensors(path, *rest)
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    def full(tensors, path, *rest, **more):
-        if "run.safetensors" in str(path):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return original(tensors, path, *rest, **more)
-
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr("vislora.formats.writing.write_tensors", full)
     with pytest.raises(VisloraError, match="no space left on the disk"):
         trained(tmp_path)
     assert not (tmp_path / "run" / "run.safetensors").exists()

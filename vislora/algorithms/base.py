@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from vislora.errors import ConfigError
 
 Slots = Mapping[str, Tensor]
-Rule = Literal["alpha/r", "alpha/sqrt(r)", "none", "constraint", "ignored"]
+Rule = Literal["alpha/r", "alpha/sqrt(r)", "scale", "none", "constraint", "ignored"]
 Init = Literal["kaiming", "gaussian"]
 Kind = Literal["linear", "conv", "embedding"]
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 KINDS: frozenset[Kind] = frozenset({"linear", "conv", "embedding"})
+ANY = -1
+"""In the shape of a delta: a size that the slots do not tell."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,15 @@ class Algorithm:
     """One adapter algorithm as plain functions over named slots (tensors go in and come out under the same names).
 
     slots: every slot name that the algorithm may have. matches(names): are these slots (alpha left out) its own?
-    init(spec, options): fresh slots, zero effect. rank(slots), shape(slots): the rank, the shape of the delta.
+    init(spec, options): fresh slots, zero effect; raises `ConfigError` for a layer that this algorithm does not fit.
+    rank(slots): the rank, 1 where there is no such thing. shape(slots): that of the delta, `ANY` for unknown sizes.
     kinds(slots): the kinds of layers that these slots can be put on.
-    delta(slots, scale, base): the change of the base weight, of the base weight's shape, in the slots' dtype.
+    delta(slots, scale, base): the change of the base weight, of the base weight's shape, in the slots' dtype. It is
+    linear in the scale for every algorithm: a strength multiplies the trained effect, also of a rotation.
     forward(x, base_out, slots, scale, layer, rank_dropout): `base_out` plus the change.
     flat: slots may not tell the kernel; then shape and delta are a matrix, (out, all the rest).
     own_rule(slots): the rule of the scale that these slots have whatever the file says, None when there is no such.
+    needs_base: the change depends on the base weight, so that delta cannot do without `base`.
     """
 
     name: str
@@ -92,19 +97,23 @@ class Algorithm:
     kinds: Callable[[Slots], frozenset[Kind]] = every_kind
     flat: bool = False
     own_rule: Callable[[Slots], Rule | None] = no_rule
+    needs_base: bool = False
 
     def scale(self, slots: Slots, alpha: float | None, rule: Rule) -> float:
-        """Return the factor on the product of `slots`, by their own rule when they have one."""
-        return scale_of(alpha, self.rank(slots), self.own_rule(slots) or rule)
+        """Return the factor on the product of `slots`, by their own rule unless `alpha` is said to be the factor."""
+        return scale_of(alpha, self.rank(slots), rule if rule == "scale" else self.own_rule(slots) or rule)
 
 
 def scale_of(alpha: float | None, rank: int, rule: Rule = "alpha/r") -> float:
     """Return the factor on a module's product: the only place where alpha and rank become one number.
 
     A missing alpha means alpha = rank. Rank-stabilised scale: alpha / sqrt(rank) (Kalajdzievski, arXiv 2312.03732).
+    Rule "scale": alpha is the factor itself.
     """
     if rule in ("none", "constraint", "ignored"):
         return 1.0
+    if rule == "scale":
+        return 1.0 if alpha is None else alpha
     alpha = float(rank) if alpha is None else alpha
     return alpha / (math.sqrt(rank) if rule == "alpha/sqrt(r)" else rank)
 
@@ -117,6 +126,38 @@ def drawn(size: tuple[int, ...], options: InitOptions) -> Tensor:
     if options.init == "kaiming":
         return nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=options.generator)
     raise ConfigError(f"unknown init '{options.init}'; known: kaiming, gaussian")
+
+
+def fits(shape: tuple[int, ...], weight: tuple[int, ...], flat: bool) -> bool:
+    """Say whether a delta of `shape` is one for a weight of this shape; `flat` as in `Algorithm`."""
+    if flat and len(shape) == 2:
+        weight = weight[0], math.prod(weight[1:])
+    if len(shape) != len(weight):
+        shape, weight = _without_ones(shape), _without_ones(weight)
+    return len(shape) == len(weight) and all(size in (ANY, side) for size, side in zip(shape, weight, strict=True))
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Drop the kernel of a 1 x 1 conv: files store such layers as linear ones too."""
+    return shape[:2] if all(size in (1, ANY) for size in shape[2:]) else shape
+
+
+def require_kind(name: str, spec: LayerSpec, kinds: frozenset[Kind]) -> None:
+    """Raise `ConfigError` when the algorithm `name` fits no layer like `spec`."""
+    if spec.kind not in kinds:
+        known = " or ".join(sorted(kinds)) or "none that adapters are put on"
+        raise ConfigError(f"algorithm '{name}' fits layers of the kind {known}, this one is of the kind {spec.kind}")
+
+
+def base_weight(layer: nn.Module, slot: Tensor) -> Tensor:
+    """Return the weight of `layer` on the device and in the dtype of `slot`, for a change that depends on it."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight.to(slot.device, slot.dtype)
+
+
+def block_size(size: int, rank: int) -> int:
+    """Return the smallest divisor of `size` that is at least `rank`: the side of the blocks of a rotation."""
+    return next((number for number in range(max(rank, 2), size) if size % number == 0), size)
 
 
 def add_weight(x: Tensor, base_out: Tensor, delta: Tensor, layer: nn.Module) -> Tensor:

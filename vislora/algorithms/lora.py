@@ -7,6 +7,11 @@ A conv is a low-rank decomposition: k x k down to r channels, then 1 x 1 up (LoC
     conv        down (r, in / groups, *kernel)  up (out, r, 1, ...)
     Tucker      down (r, in, 1, ...)            up (out, r, 1, ...)     mid (r, r, *kernel)
     embedding   embedding_down (r, entries)     embedding_up (width, r)
+
+LyCORIS' extraction also keeps the largest numbers of what low rank left over. It calls them a bias, but they belong to
+the weight, B A + S, where S is sparse and a matrix (out, all the rest):
+
+    any layer   bias_indices (2, count)         bias_values (count,)        bias_size (2,)
 """
 
 from __future__ import annotations
@@ -17,18 +22,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vislora.algorithms.base import Algorithm, Conv, InitOptions, Kind, LayerSpec, Slots, drawn
+from vislora.algorithms.base import Algorithm, Conv, InitOptions, Kind, LayerSpec, Slots, add_weight, drawn
 from vislora.errors import AdapterFileError
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 PLAIN = frozenset({"down", "up"})
 TUCKER = frozenset({"down", "up", "mid"})
 EMBEDDING = frozenset({"embedding_down", "embedding_up"})
+SPARSE = frozenset({"bias_indices", "bias_values", "bias_size"})
 
 
 def matches(names: frozenset[str]) -> bool:
     """Say whether these slot names are LoRA's."""
-    return names in (PLAIN, TUCKER, EMBEDDING)
+    return names in (PLAIN, TUCKER, EMBEDDING, PLAIN | SPARSE, TUCKER | SPARSE)
 
 
 def init(spec: LayerSpec, options: InitOptions) -> dict[str, Tensor]:
@@ -72,8 +78,26 @@ def delta(slots: Slots, scale: float, base: Tensor | None = None) -> Tensor:
     up, down = slots["up"].flatten(1), slots["down"]
     if "mid" in slots:
         # LyCORIS' order of the core: mid[m, n] joins up's column m with down's row n
-        return scale * torch.einsum("mn...,om,ni->oi...", slots["mid"], up, down.flatten(1))
-    return scale * (up @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
+        product = torch.einsum("mn...,om,ni->oi...", slots["mid"], up, down.flatten(1))
+    else:
+        product = (up @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
+    return scale * (product + _sparse(slots).reshape(product.shape) if slots.keys() >= SPARSE else product)
+
+
+def _sparse(slots: Slots) -> Tensor:
+    """Return the sparse rest S as a matrix (out, all the rest). Raises `AdapterFileError` when it is of another."""
+    rows, columns = (int(size) for size in _unsigned(slots["bias_size"]))
+    place, values = _unsigned(slots["bias_indices"]), slots["bias_values"]
+    out, *others = shape(slots)
+    inside = not place.numel() or bool((place[0] < rows).all() and (place[1] < columns).all())
+    if (rows, columns) != (out, math.prod(others)) or not inside:
+        raise AdapterFileError(f"its sparse rest is of {rows} x {columns}, its delta of {out} x {math.prod(others)}")
+    return values.new_zeros(rows * columns).index_add(0, place[0] * columns + place[1], values).reshape(rows, columns)
+
+
+def _unsigned(numbers: Tensor) -> Tensor:
+    """Return whole numbers that were forced into int16, as LyCORIS does even where they are too large for it."""
+    return numbers.to(torch.int64) & 0xFFFF if numbers.dtype == torch.int16 else numbers.to(torch.int64)
 
 
 def forward(
@@ -83,6 +107,8 @@ def forward(
     if "embedding_down" in slots:
         hidden = _dropped(F.embedding(x, slots["embedding_down"].T), rank_dropout, -1)
         return torch.add(base_out, F.linear(hidden, slots["embedding_up"]), alpha=scale)
+    if slots.keys() >= SPARSE:
+        base_out = add_weight(x, base_out, scale * _sparse(slots), layer)
     if isinstance(layer, nn.Linear):
         return _linear(x, base_out, slots, scale, rank_dropout)
     if isinstance(layer, Conv):
@@ -142,7 +168,7 @@ def _require_one_rank(slots: Slots) -> None:
 
 LORA = Algorithm(
     name="lora",
-    slots=TUCKER | EMBEDDING,
+    slots=TUCKER | EMBEDDING | SPARSE,
     matches=matches,
     init=init,
     rank=rank,

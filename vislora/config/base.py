@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic_core.core_schema import CoreSchema, no_info_after_validator_function
 
 from vislora.errors import ConfigError, nearest
+from vislora.registry import Registry
 
 T = TypeVar("T")
 POSITIONAL, REPEATABLE = "positional", "repeatable"
@@ -17,6 +21,33 @@ Positional = Annotated[T, POSITIONAL]
 """A setting that the command line takes without a flag."""
 Repeatable = Annotated[T, REPEATABLE]
 """A list whose flag is repeated for every item."""
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """A text setting that names a part; an alias of one becomes its name. Other names are an error with the nearest.
+
+    target: "module:attribute" of the mapping with these names, imported when a value is checked or help is shown.
+    """
+
+    target: str
+
+    @property
+    def known(self) -> Mapping[str, Any]:
+        """Return the mapping: a registry, or a plain one without aliases."""
+        module, attribute = self.target.split(":")
+        found: Mapping[str, Any] = getattr(importlib.import_module(module), attribute)
+        return found
+
+    def checked(self, value: str | None) -> str | None:
+        """Return the name that `value` stands for; no value, or an empty one, is returned as it is."""
+        known = self.known
+        if not value or value in known:
+            return known.name_of(value) if value and isinstance(known, Registry) else value
+        raise ValueError(f"unknown name{nearest(value, known)}; known: {', '.join(known)}")
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self.checked, handler(source))
 
 
 class Section(BaseModel):

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 from pydantic.fields import FieldInfo
 
 from vislora.config import toml
-from vislora.config.base import POSITIONAL, REPEATABLE, Section
+from vislora.config.base import POSITIONAL, REPEATABLE, OneOf, Section
 from vislora.errors import ConfigError, listed, nearest
 
 S = TypeVar("S", bound=Section)
@@ -40,7 +40,7 @@ def parse(cls: type[S], arguments: Sequence[str], prog: str) -> S:
     arguments = spelled_out(cls, arguments)
     path = _config_file(arguments)
     values = toml.read(path, cls) if path else {}
-    given = vars(_parser(cls, values, prog).parse_args(arguments))
+    given = vars(_parser(cls, values, prog).parse_intermixed_args(arguments))
     given.pop("config", None)
     where = f"{path} and flags" if path else "settings"
     return cls.of(_overlaid(values, given), where=where)
@@ -80,10 +80,13 @@ def _last(option: str) -> str:
 
 
 def _options(name: str, field: FieldInfo) -> list[str]:
-    """Return the flags of a setting: `data.flip` has `--data.flip` and `--data.no-flip`, a positional one has none."""
+    """Return the flags of a setting: `data.flip` has `--data.flip` and `--data.no-flip`, a positional one has none.
+
+    A setting that Python's grammar gives an underscore has none here: `as_` is `--as`.
+    """
     if POSITIONAL in field.metadata:
         return []
-    head, dot, last = name.replace("_", "-").rpartition(".")
+    head, dot, last = name.rstrip("_").replace("_", "-").rpartition(".")
     return [f"--{head}{dot}{prefix}{last}" for prefix in (("", "no-") if field.annotation is bool else ("",))]
 
 
@@ -141,9 +144,11 @@ def _parser(cls: type[Section], values: Mapping[str, Any], prog: str) -> _Parser
 
 
 def _required(cls: type[Section]) -> Iterator[str]:
-    """Yield what the usage line says of each setting without a default."""
+    """Yield what the usage line says of each setting without a default, and of each that needs no flag."""
     for name, field in toml.flat(cls):
-        if field.is_required():
+        if POSITIONAL in field.metadata and not field.is_required():
+            yield f"[{name.upper()}]"
+        elif field.is_required():
             yield " ".join([*_options(name, field), name.upper() if POSITIONAL in field.metadata else _metavar(field)])
 
 
@@ -181,7 +186,7 @@ def _shown(field: FieldInfo, from_file: Any) -> str:
     if from_file is None and field.is_required():
         return REQUIRED
     default = field.get_default(call_default_factory=True) if from_file is None else from_file
-    if default is None or default in ("", (), []):
+    if default is None or default in ("", (), [], Path()):
         return ""
     if isinstance(default, bool):
         return f" (default: {'on' if default else 'off'})"
@@ -213,6 +218,9 @@ def _metavar(field: FieldInfo) -> str:
     if _is_tables(field):
         return "'{KEY = VALUE, ...}'"
     kind = _alternatives(field)[0]
+    named = next((item for item in field.metadata if isinstance(item, OneOf)), None)
+    if named is not None:
+        return "{" + ",".join(named.known) + "}"
     if typing.get_origin(kind) is Literal:
         return "{" + ",".join(map(str, typing.get_args(kind))) + "}"
     return {int: "INT", float: "FLOAT", Path: "PATH"}.get(kind, "TEXT")

@@ -49,6 +49,8 @@ class GenerateConfig(Section):
     """Repeat the image of this PNG from its recipe; other settings but --output and --device are not used."""
     allow_partial: bool = False
     """Use an adapter of which some modules do not fit the base."""
+    allow_pickle: bool = False
+    """Take the tensors, and nothing else, out of adapters that are pickles (.pt, .ckpt, .bin)."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to run."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

@@ -22,3 +22,6 @@ class InspectConfig(Section):
 
     metadata: bool = True
     """Show the metadata as well."""
+
+    allow_pickle: bool = False
+    """Take the tensors, and nothing else, out of a pickle (.pt, .ckpt, .bin), in a process of its own."""

@@ -11,6 +11,7 @@ from vislora.config.base import Section
 from vislora.config.data import DataConfig
 
 Preset = Literal["attention", "attention-ff", "all", "every-layer", "none"]
+Algorithm = Literal["lora", "loha", "lokr"]
 
 
 class TargetConfig(Section):
@@ -22,7 +23,7 @@ class TargetConfig(Section):
     """Rank of these layers; 0 leaves them out. Default: the adapter's."""
     alpha: float | None = Field(None, gt=0)
     """Alpha of these layers. Default: the adapter's."""
-    algorithm: str | None = None
+    algorithm: Algorithm | None = None
     """Algorithm of these layers. Default: the adapter's."""
 
 
@@ -35,8 +36,8 @@ class AdapterConfig(Section):
     """Rank of the low-rank product."""
     alpha: float | None = Field(None, gt=0)
     """The effect is scaled by alpha / rank. Default: alpha = rank, a scale of 1."""
-    algorithm: str = "lora"
-    """Adapter algorithm: lora, loha, lokr."""
+    algorithm: Algorithm = "lora"
+    """Adapter algorithm."""
     rank_stabilized: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
     tucker: bool = False

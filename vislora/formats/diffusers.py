@@ -9,40 +9,50 @@ it alpha = rank. Embeddings (`lora_embedding_A`) and `.alpha` keys are read as w
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from vislora.formats.contract import Format, Packed, Stored, folder_of
-from vislora.formats.names import FOLDERS, Place, canonical, component_of
+from vislora.formats.dotted import at_denoiser_or_as_named
+from vislora.formats.names import DENOISERS, FOLDERS, Place, canonical, component_of
 from vislora.formats.parsed import ParsedModule, Part, collect, module_of
-from vislora.formats.peft_config import METADATA_KEY, apply_config, entries, make_config, read_metadata, write_metadata
-from vislora.formats.slots import PEFT_SUFFIXES, split_key
+from vislora.formats.peft_config import METADATA_KEY, apply_config, prepared, read_metadata, write_metadata
+from vislora.formats.peft_writing import conflicts, entries, make_config
+from vislora.formats.slots import DIFFUSERS_SUFFIXES, split_key
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-PREFIXES = (*FOLDERS, "transformer_2")
 
 
 def claims(key: str) -> bool:
     """Say whether a key is `<component>.<path>.<slot>`, and not PEFT's `unet.base_model.model.<path>.<slot>`."""
     prefix, _, rest = key.partition(".")
     found = split_key(rest)
-    return prefix in PREFIXES and not rest.startswith("base_model.") and found is not None and found[1] != "weight"
+    return prefix in FOLDERS and not rest.startswith("base_model.") and found is not None and found[1] != "weight"
 
 
 def parse(part: Part, keys: list[str]) -> list[ParsedModule]:
-    """Take paths as they stand; alpha comes from the header's config, else from `.alpha` keys, else it is the rank."""
-    configs = read_metadata(part.header.metadata)
-    modules = []
+    """Take paths as they stand, original names by table.
+
+    Alpha comes from the header's config, else from `.alpha` keys, else it is the rank.
+    """
+    configs = {folder: prepared(config) for folder, config in read_metadata(part.header.metadata).items()}
+    modules: list[ParsedModule] = []
+    denoisers: dict[str, list[tuple[ParsedModule, str]]] = {}
     for raw_name, slots in collect(part, keys).items():
         folder, _, path = raw_name.partition(".")
         module = module_of(part, raw_name, slots)
         module.component = component_of(folder, path)
-        module.path = canonical(path) if module.component.startswith("te:clip") else path
         if folder in configs:
             apply_config(module, path, configs[folder])
-        modules.append(module)
-    return modules
+        if module.component in DENOISERS:
+            denoisers.setdefault(module.component, []).append((module, path))
+        else:
+            module.path = canonical(path) if module.component.startswith("te:clip") else path
+            modules.append(module)
+    texts = {module.component for module in modules}
+    found = (at_denoiser_or_as_named(named, part.header.metadata, texts) for named in denoisers.values())
+    return [*chain(*found), *modules]
 
 
 def place(component: str, path: str, family: str | None) -> Place | None:
@@ -65,10 +75,13 @@ def pack(modules: list[Stored], family: str | None, metadata: dict[str, str]) ->
 
 DIFFUSERS = Format(
     name="diffusers",
+    about="diffusers' save_lora_weights and load_lora_weights",
     container="file",
     claims=claims,
     parse=parse,
     place=place,
-    suffixes=PEFT_SUFFIXES,
+    suffixes=DIFFUSERS_SUFFIXES,
     pack=pack,
+    scales_all=True,
+    conflicts=conflicts,
 )

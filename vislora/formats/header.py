@@ -9,6 +9,8 @@ import json
 import math
 import os
 import struct
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,24 @@ from typing import Any
 from vislora.errors import AdapterFileError
 
 MAX_HEADER = 100_000_000
+MAX_AXES = 64
+# in the order in which safetensors stores tensors of these types
 BITS = {
-    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "C64": 64,
-    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64, "F32": 32, "U32": 32, "I32": 32, "BF16": 16, "F16": 16, "U16": 16,
+    "I16": 16, "F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8, "F8_E8M0": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I8": 8, "U8": 8,
+    "BOOL": 8,
 }  # fmt: skip
-SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B"}
+_ORDER = {dtype: place for place, dtype in enumerate(BITS)}
+SCALARS = {
+    "F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U64": "<Q", "U32": "<I",
+    "U16": "<H", "U8": "<B",
+}  # fmt: skip
+# types that are the upper bytes of a wider one
+HALVES = {"BF16": "F32", "F8_E5M2": "F16"}
 PICKLE_ADVICE = (
-    "it is a pickle, and opening a pickle can run any code that is hidden in it, so vislora never does; if you "
-    "trust it, write its tensors to a .safetensors file: "
+    "it is a pickle, and opening a pickle can run any code that is hidden in it, so vislora never does; "
+    "--allow-pickle (allow_pickle=True) reads the tensors in it and nothing else, in a process of its own that can do "
+    "nothing else; or write them to a .safetensors file, if you trust it: "
     "safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW)"
 )
 
@@ -70,16 +82,63 @@ def read_header(path: Path) -> Header:
     return Header(tensors, metadata, size)
 
 
+def is_pickle(path: Path) -> bool:
+    """Say whether a file is a pickle, or a zip file of one, by its first bytes."""
+    try:
+        with open(path, "rb") as file:
+            return _is_pickle(file.read(64))
+    except OSError:
+        return False  # reading it will tell why
+
+
+def header_bytes(
+    entries: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, list[str]]:
+    """Return the first bytes of a file of these tensors (name, dtype, shape), and their names in the payload's order.
+
+    Both are as safetensors has them, so that hashes are too: wide types first, then by name; padded to 8 bytes.
+    Raises `AdapterFileError` for a name or metadata that is not text.
+    """
+    content: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    order, start = [], 0
+    for name, dtype, shape in sorted(entries, key=lambda entry: (_ORDER[entry[1]], entry[0])):
+        end = start + math.prod(shape) * BITS[dtype] // 8
+        content[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+        order.append(name)
+        start = end
+    odd = [key for key, value in metadata.items() if not isinstance(value, str)]
+    try:
+        text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        odd.append(error.object[max(error.start - 40, 0) : error.end])
+    if odd:
+        raise AdapterFileError(f"names and metadata of a safetensors file are text, {odd[0]!r} is not")
+    if len(text) > MAX_HEADER:
+        raise AdapterFileError(f"a header takes at most {MAX_HEADER:,} bytes, this one has {len(text):,}")
+    text = text.ljust(-(-len(text) // 8) * 8)
+    return len(text).to_bytes(8, "little") + text, order
+
+
 def read_scalar(path: Path, key: str, info: TensorInfo) -> float:
     """Decode a tensor of one element, such as an alpha. Raises `AdapterFileError` when it is not one number."""
-    if info.count != 1 or info.dtype not in (*SCALARS, "BF16"):
+    if info.count != 1 or info.dtype not in (*SCALARS, *HALVES, "F8_E4M3"):
         raise AdapterFileError(f"{path}: '{key}' should be one number, it is {info.dtype} of shape {list(info.shape)}")
     with open(path, "rb") as file:
         file.seek(info.start)
         data = file.read(info.end - info.start)
-    if info.dtype == "BF16":  # the upper half of a float32
-        return float(struct.unpack("<f", b"\0\0" + data)[0])
-    return float(struct.unpack(SCALARS[info.dtype], data)[0])
+    if info.dtype == "F8_E4M3":
+        return _e4m3(data[0])
+    wide = HALVES.get(info.dtype, info.dtype)
+    return float(struct.unpack(SCALARS[wide], data.rjust(BITS[wide] // 8, b"\0"))[0])
+
+
+def _e4m3(byte: int) -> float:
+    """Decode an 8-bit float: sign, 4 bits of exponent (bias 7), 3 of fraction; no infinities (arXiv 2209.05433)."""
+    exponent, fraction = byte >> 3 & 15, byte & 7
+    if byte & 127 == 127:
+        return math.nan
+    size = (8 + fraction) * 2.0 ** (exponent - 10) if exponent else fraction * 2.0**-9
+    return -size if byte & 128 else size
 
 
 def _header_length(path: Path, start: bytes, size: int) -> int:
@@ -88,7 +147,7 @@ def _header_length(path: Path, start: bytes, size: int) -> int:
     length = int.from_bytes(start[:8], "little")
     if size >= 10 and start[8:9] == b"{" and 2 <= length <= min(MAX_HEADER, size - 8):
         return length
-    if start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05" and start[8:9] != b"{"):
+    if _is_pickle(start):
         raise AdapterFileError(f"{path}: cannot be opened: {PICKLE_ADVICE}")
     if start.startswith((b"version https://git-lfs", b"<!DOCTYPE", b"<html")):
         raise AdapterFileError(f"{path}: this is a web page or a Git LFS pointer; download the file itself")
@@ -98,12 +157,15 @@ def _header_length(path: Path, start: bytes, size: int) -> int:
     raise AdapterFileError(f"{path}: not a safetensors file (it begins with {start[:12]!r})")
 
 
+def _is_pickle(start: bytes) -> bool:
+    return start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05" and start[8:9] != b"{")
+
+
 def _json(path: Path, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
             raise AdapterFileError(f"{path}: the name '{twice}' stands twice in the header")
         return found
 
@@ -121,18 +183,31 @@ def _json(path: Path, text: bytes) -> dict[str, Any]:
 def _metadata(path: Path, value: Any) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
         raise AdapterFileError(f"{path}: its metadata should map text to text")
+    for name in (*value, *value.values()):
+        _check_text(path, name)
     return value
 
 
+def _check_text(path: Path, name: str) -> None:
+    """JSON can hold halves of characters, which no file can: they could be read, and never be written again."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise AdapterFileError(f"{path}: {name[:60]!r} in its header is not text; the file is damaged") from error
+
+
 def _tensor(path: Path, key: str, entry: Any, data_start: int) -> TensorInfo:
-    fault = f"{path}: the header entry of '{key}' is damaged"
+    _check_text(path, key)
+    fault = f"{path}: the header entry of '{key[:200]}' is damaged"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise AdapterFileError(f"{fault}: it needs dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
         raise AdapterFileError(f"{fault}: unknown dtype {dtype!r}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise AdapterFileError(f"{fault}: shape {shape!r}, data_offsets {offsets!r}")
+        raise AdapterFileError(f"{fault}: shape {str(shape)[:100]}, data_offsets {str(offsets)[:100]}")
+    if len(shape) > MAX_AXES or math.prod(side for side in shape if side) >= 2**63:
+        raise AdapterFileError(f"{fault}: no tensor has the shape {str(shape)[:100]}")
     needed = math.prod(shape) * BITS[dtype] // 8
     if offsets[1] - offsets[0] != needed:
         raise AdapterFileError(f"{fault}: {dtype} {shape} takes {needed} bytes, data_offsets are {offsets}")

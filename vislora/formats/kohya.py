@@ -15,25 +15,15 @@ from typing import TYPE_CHECKING
 
 from vislora.errors import AdapterFileError
 from vislora.formats.contract import Format, Packed, Stored
-from vislora.formats.names import FAMILY_NAMES, Found, Place, find_flat, flat_prefix
-from vislora.formats.parsed import ParsedModule, Part, Ref, Slice, collect, module_of
+from vislora.formats.cutting import parts
+from vislora.formats.names import FAMILY_NAMES, FLAT_DENOISERS, FamilyNames, Place, choose, find_text, flat_prefix
+from vislora.formats.names.hints import family_in_metadata
+from vislora.formats.parsed import ParsedModule, Part, collect, module_of
 from vislora.formats.slots import KOHYA_SUFFIXES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# slots whose rows are the layer's outputs, per kind: the only kinds that can be cut out of a fused layer
-ROW_SLOTS = {"lora": "up", "full": "diff"}
-COMPONENTS = {
-    "lora_unet_": "denoiser",
-    "lora_transformer_": "denoiser",
-    "lycoris_": "denoiser",
-    "lora_te_": "te:clip_l",
-    "lora_te1_": "te:clip_l",
-    "lora_te2_": "te:clip_g",
-    "lora_te3_": "te:t5",
-}
-BASE_VERSIONS = {"sd": "sd_v1", "sd3": "sd3_medium"}
 # what diffusers' loader reads instead of alpha; beside `.alpha` keys it would be an error there
 NOT_KEPT = ("lora_adapter_metadata",)
 
@@ -45,51 +35,108 @@ def claims(key: str) -> bool:
 
 def parse(part: Part, keys: list[str]) -> list[ParsedModule]:
     """Resolve flat names by table; a fused layer becomes one module per member, its tensors shared or cut by rows."""
-    modules: list[ParsedModule] = []
-    for raw_name, slots in collect(part, keys).items():
-        module = module_of(part, raw_name, slots)
+    modules = [module_of(part, raw_name, slots) for raw_name, slots in collect(part, keys).items()]
+    bare = {module.raw_name: _bare(module.raw_name) for module in modules if _is_denoiser(module.raw_name)}
+    inputs = {bare[module.raw_name]: module.inputs for module in modules if module.raw_name in bare}
+    texts = {text[0] for module in modules if (text := find_text(module.raw_name))}
+    hint = family_in_metadata(part.header.metadata)
+    family, order = choose(inputs, flat=True, hint=hint, components=texts) if inputs else (None, [])
+    found: list[ParsedModule] = []
+    for module in modules:
         _read_zero_alpha(module)
-        found = find_flat(raw_name)
-        if found is None:
-            prefix = flat_prefix(raw_name) or ""
-            module.component = COMPONENTS.get(prefix, f"unknown:{prefix.rstrip('_')}")
-            modules.append(module)
-            continue
-        names, module.component, leads = found
-        module.family = names.family
-        modules.extend(_resolved(module, lead) for lead in leads)
-    return modules
+        name = bare.get(module.raw_name)
+        found += _at_text_encoder(module) if name is None else _at_denoiser(module, name, family, order)
+    return found
+
+
+def _is_denoiser(raw_name: str) -> bool:
+    return flat_prefix(raw_name) in FLAT_DENOISERS
+
+
+def _bare(raw_name: str) -> str:
+    """Strip the prefix; Wan-Fun's files, written by kohya_ss, have a second underscore after it."""
+    return raw_name.removeprefix(flat_prefix(raw_name) or "").removeprefix("_")
+
+
+def _at_denoiser(module: ParsedModule, name: str, family: str | None, order: list[FamilyNames]) -> list[ParsedModule]:
+    module.component = "denoiser"
+    for names in order:
+        leads = names.tables["denoiser"].find_flat(name)
+        if leads:
+            module.family = family
+            return parts(module, leads)
+    return [module]
+
+
+def _at_text_encoder(module: ParsedModule) -> list[ParsedModule]:
+    found = find_text(module.raw_name)
+    if found is None:
+        module.component = f"unknown:{(flat_prefix(module.raw_name) or '').rstrip('_')}"
+        return [module]
+    module.component, leads = found
+    return parts(module, leads)
 
 
 def place(component: str, path: str, family: str | None) -> Place | None:
     """Return the flat name of a path: `lora_unet_joint_blocks_0_x_block_attn_qkv`, part 0 of 3."""
     names = FAMILY_NAMES.get(family or "")
-    if names is None or component not in names.tables:
+    if names is None or component not in names.tables or component not in names.flat_prefixes:
         return None
     found = names.tables[component].place(path)
     if found is None:
         return None
+    if component == "denoiser" and names.flat_from == "path":
+        found = Place(path)
     return replace(found, name=names.flat_prefixes[component] + found.name.replace(".", "_"))
+
+
+def whole(component: str, stored: str, family: str | None) -> str | None:
+    """Return the flat name of a layer of the original tree, for a module that stays whole."""
+    names = FAMILY_NAMES.get(family or "")
+    if names is None or component not in names.tables or (component == "denoiser" and names.flat_from == "path"):
+        return None
+    if not names.tables[component].find_dotted(stored):
+        return None
+    return names.flat_prefixes[component] + stored.replace(".", "_")
 
 
 def pack(modules: list[Stored], family: str | None, metadata: dict[str, str]) -> list[Packed]:
     """Write the slots and an `.alpha` for every module, so that alpha / rank is the scale; metadata verbatim."""
     tensors: dict[str, Tensor | float] = {}
     for module in modules:
-        for slot, tensor in module.tensors.items():
-            tensors[f"{module.name}.{KOHYA.suffixes[slot]}"] = tensor
-        if module.magnitude is not None:
-            tensors[f"{module.name}.dora_scale"] = _dora_scale(module, module.magnitude)
-        root = module.rule == "alpha/sqrt(r)"
-        tensors[f"{module.name}.alpha"] = module.alpha * module.rank**0.5 if root else module.alpha
+        tensors.update(entries(module, KOHYA_SUFFIXES))
     kept = {key: value for key, value in metadata.items() if key not in NOT_KEPT}
     return [Packed(tensors, {**_fresh_metadata(modules, family, kept), **kept})]
+
+
+def entries(module: Stored, suffixes: Mapping[str, str]) -> dict[str, Tensor | float]:
+    """Return the tensors of `module` under its name: slots with these suffixes, magnitude, bias and alpha."""
+    found: dict[str, Tensor | float] = {
+        f"{module.name}.{suffixes[slot]}": tensor for slot, tensor in module.tensors.items()
+    }
+    if module.magnitude is not None:
+        found[f"{module.name}.dora_scale"] = _dora_scale(module, module.magnitude)
+    if module.bias is not None:
+        found[f"{module.name}.{'b_norm' if module.algo == 'norm' else suffixes['bias']}"] = module.bias
+    alpha = _written_alpha(module)
+    if alpha is not None:
+        found[f"{module.name}.alpha"] = alpha
+    return found
+
+
+def _written_alpha(module: Stored) -> float | None:
+    """Return alpha so that alpha / rank is the scale; an infinite one, where none counts, as the rank."""
+    if module.alpha is None:
+        return None
+    if module.rule == "own" and not abs(module.alpha) < float("inf"):
+        return float(module.rank)
+    return module.alpha * module.rank**0.5 if module.rule == "alpha/sqrt(r)" else module.alpha
 
 
 def _dora_scale(module: Stored, magnitude: Tensor) -> Tensor:
     """Give the magnitude the axes of the weight where the slots tell them, else those that it came with."""
     if "up" not in module.tensors:
-        return magnitude
+        return magnitude.reshape(-1, 1) if magnitude.dim() == 1 and module.magnitude_axis == "out" else magnitude
     ones = [1] * (module.tensors["up"].dim() - 1)
     return magnitude.reshape((-1, *ones) if module.magnitude_axis == "out" else (1, -1, *ones[1:]))
 
@@ -99,85 +146,53 @@ def _read_zero_alpha(module: ParsedModule) -> None:
     if module.alpha == 0.0:
         module.alpha = None
         module.notes.append(f"alpha 0 of '{module.raw_name}' is read as the rank, as kohya's loader does")
-
-
-def _resolved(module: ParsedModule, lead: Found) -> ParsedModule:
-    """Return `module` at the path where its name leads, its output rows cut or swapped as the reference tree has it."""
-    if lead.part is None and not _swapped(module, lead):
-        return replace(module, path=lead.path)
-    slot = ROW_SLOTS.get(module.algo)
-    if slot is None or (lead.part is not None and module.magnitude_axis == "in"):
-        note = f"'{module.raw_name}' fuses or reorders layers and its kind '{module.algo}' cannot be cut by rows"
-        return replace(module, notes=[*module.notes, note])
-    total = module.refs[slot].shape[0] if slot in module.refs and module.refs[slot].shape else 0
-    index, count = lead.part or (0, 2)
-    if total == 0 or total % count:
+    constraint = module.refs.get("alpha")
+    if constraint and module.raw_name.startswith("oft_unet_") and constraint.part.scalar(constraint.key) == 0.0:
+        # LyCORIS has no limit then, sd-scripts a limit of nothing
         raise AdapterFileError(
-            f"'{module.raw_name}' should have {count} equal groups of output rows, it has {total} rows"
+            f"'{module.raw_name}' has the constraint (alpha) 0: such an OFT of sd-scripts does nothing"
         )
-    step = total // count
-    rows = [(index * step, (index + 1) * step)] if lead.part else [(step, total), (0, step)]
-    cut = {name: ref.taking(*rows) if name == slot else ref for name, ref in module.refs.items()}
-    bias = module.bias.taking(*rows) if module.bias else None
-    magnitude = (
-        module.magnitude.taking(*rows) if module.magnitude and module.magnitude_axis == "out" else module.magnitude
-    )
-    target = Slice(0, index * step, step) if lead.part else None
-    group = lead.stored if lead.part else None
-    return replace(
-        module,
-        path=lead.path,
-        refs=cut,
-        bias=bias,
-        magnitude=magnitude,
-        target=target,
-        group=group,
-        notes=list(module.notes),
-    )
 
 
-def _swapped(module: ParsedModule, lead: Found) -> bool:
-    if lead.swap != "never" and module.algo not in ROW_SLOTS:
-        return True  # its slots may not tell the layer's inputs, and its rows could not be exchanged anyway
-    return lead.swap == "always" or (lead.swap != "never" and has_two_rows_per_input(module.refs))
-
-
-def has_two_rows_per_input(refs: Mapping[str, Ref | Tensor]) -> bool:
-    """Say whether a layer has twice as many outputs as inputs, by its slots (tensors, or references to them)."""
-    if "up" in refs and "down" in refs:
-        return len(refs["down"].shape) > 1 and refs["up"].shape[0] == 2 * refs["down"].shape[1]
-    diff = refs.get("diff")
-    return diff is not None and len(diff.shape) > 1 and diff.shape[0] == 2 * diff.shape[1]
+def _arguments(kinds: set[str]) -> dict[str, str]:
+    """Return LyCORIS' setting for the one kind that there is."""
+    kind = next(iter(kinds))
+    return {"algo": {"oft": "diag-oft"}.get(kind, kind)} if len(kinds) == 1 and kind != "lora" else {}
 
 
 def _fresh_metadata(modules: list[Stored], family: str | None, kept: Mapping[str, str]) -> dict[str, str]:
     """Return the keys that kohya's tools look for, for an adapter that has none of them."""
     if any(key.startswith("ss_") for key in kept):
         return {}
-    ranks, alphas = {module.rank for module in modules}, {module.alpha for module in modules}
+    scaled = [module for module in modules if module.rule != "own"] or modules
+    ranks, alphas = {module.rank for module in scaled}, {module.alpha for module in scaled}
     kinds = {module.algo for module in modules}
-    plain = "networks.lora_sd3" if family == "sd3" else "networks.lora"
+    names = FAMILY_NAMES.get(family or "")
+    plain = names.network_module if names else "networks.lora"
     fresh = {
         "ss_network_module": plain if kinds == {"lora"} else "lycoris.kohya",
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
-        "ss_network_args": json.dumps({"algo": kinds.pop()} if len(kinds) == 1 and kinds != {"lora"} else {}),
+        "ss_network_args": json.dumps(_arguments(kinds)),
         "sshs_model_hash": "",
         "sshs_legacy_hash": "",
     }
-    if family in BASE_VERSIONS:
-        fresh["ss_base_model_version"] = BASE_VERSIONS[family]
+    if names and names.versions:
+        fresh["ss_base_model_version"] = names.versions[0]
     return fresh
 
 
 KOHYA = Format(
     name="kohya",
+    about="sd-scripts and LyCORIS; read by web interfaces and ComfyUI",
     container="file",
     claims=claims,
     parse=parse,
     place=place,
+    whole=whole,
     suffixes=KOHYA_SUFFIXES,
     pack=pack,
     zero_alpha="rank",
     magnitudes="any",
+    embeddings=True,
 )

@@ -10,12 +10,15 @@ is a folder of such folders, named as diffusers names components (unet, transfor
 from __future__ import annotations
 
 import re
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from vislora.formats.contract import Format, Packed, Stored, folder_of
-from vislora.formats.names import FAMILY_NAMES, FOLDERS, Place, canonical, component_of
+from vislora.formats.dotted import at_denoiser_or_as_named
+from vislora.formats.names import DENOISERS, FAMILY_NAMES, FOLDERS, Place, canonical, component_of
 from vislora.formats.parsed import ParsedModule, Part, collect, module_of
-from vislora.formats.peft_config import COMPONENT_KEY, METADATA_KEY, apply_config, entries, make_config, read_metadata
+from vislora.formats.peft_config import COMPONENT_KEY, METADATA_KEY, apply_config, prepared, read_metadata
+from vislora.formats.peft_writing import conflicts, entries, make_config
 from vislora.formats.slots import PEFT_SUFFIXES
 
 if TYPE_CHECKING:
@@ -32,7 +35,9 @@ def claims(key: str) -> bool:
 
 def parse(part: Part, keys: list[str]) -> list[ParsedModule]:
     """Strip the prefixes; the component is the folder's, the key's or the one whose vocabulary this is."""
-    modules = []
+    modules: list[ParsedModule] = []
+    denoisers: dict[str, list[tuple[ParsedModule, str]]] = {}
+    config = None if part.config is None else prepared(part.config)
     for raw_name, slots in collect(part, keys).items():
         module = module_of(part, raw_name, slots)
         found = _PREFIX.match(raw_name)
@@ -40,13 +45,18 @@ def parse(part: Part, keys: list[str]) -> list[ParsedModule]:
         folder = part.folder or (found[1] or found[2] if found else "") or ""
         said = part.header.metadata.get(COMPONENT_KEY) if part.config is not None else None
         module.component = said if said and said in FOLDERS.values() else component_of(folder, path)
-        module.path = canonical(path) if module.component.startswith("te:clip") else path
-        if part.config is not None:
-            apply_config(module, path, part.config)
+        if config is not None:
+            apply_config(module, path, config)
         elif module.alpha is None:
             module.notes.append("there is no adapter_config.json: alpha is taken for the rank")
-        modules.append(module)
-    return modules
+        if module.component in DENOISERS:
+            denoisers.setdefault(module.component, []).append((module, path))
+        else:
+            module.path = canonical(path) if module.component.startswith("te:clip") else path
+            modules.append(module)
+    texts = {module.component for module in modules}
+    at_home = (at_denoiser_or_as_named(named, part.header.metadata, texts) for named in denoisers.values())
+    return [*chain(*at_home), *modules]
 
 
 def place(component: str, path: str, family: str | None) -> Place | None:
@@ -80,10 +90,13 @@ def pack(modules: list[Stored], family: str | None, metadata: dict[str, str]) ->
 
 PEFT = Format(
     name="peft",
+    about="PEFT's save_pretrained; a folder per component",
     container="folder",
     claims=claims,
     parse=parse,
     place=place,
     suffixes=PEFT_SUFFIXES,
     pack=pack,
+    scales_all=True,
+    conflicts=conflicts,
 )

@@ -2,96 +2,140 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import ExitStack
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vislora.algorithms.base import Rule
 from vislora.algorithms.dora import Axis
 from vislora.errors import AdapterFileError, listed
-from vislora.formats.adapter_file import AdapterFile, AdapterModule, SourceInfo
+from vislora.formats.adapter_file import AdapterFile, AdapterModule, BiasRule, SourceInfo, taken
 from vislora.formats.checks import problems
-from vislora.formats.detect import BUNDLE, parse_file, unknown_file
+from vislora.formats.detect import ParsedFile, parse_file, unknown_file
+from vislora.formats.embeddings import embedding_name
 from vislora.formats.parsed import ParsedModule, Ref
+from vislora.formats.split_qkv import split_notes
+from vislora.formats.tensor_file import Read, copied, is_finite, mapped
 
-EMBEDDING_SLOTS = ("string_to_param", "emb_params", "clip_l_out", "clip_g_out", "clip_l", "clip_g", "t5")
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Let Python's garbage collector wait: thousands of new objects that stay make it go through all of torch's."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
-def load(path: str | Path) -> AdapterFile:
-    """Read an adapter of any known format: a .safetensors file, or a PEFT folder.
+@uncollected()
+def load(path: str | Path, allow_pickle: bool = False) -> AdapterFile:
+    """Read an adapter of any known format: a .safetensors file, a PEFT folder, and a pickle when that is allowed.
 
-    Every tensor of it is in a module, an embedding or `extras`. Raises `AdapterFileError` when it is unreadable, no
+    Every tensor of it is in a module, an embedding or `extras`; all stay in the file until they are used, and a file
+    that is replaced by renaming, as `save` does, stays readable. Raises `AdapterFileError` when it is unreadable, no
     adapter, incomplete, contradicts itself or holds numbers that are not finite.
     """
-    parsed = parse_file(path)
-    if not any(module.path for module in parsed.modules):
+    parsed = _sound(path, allow_pickle)
+    with ExitStack() as stack:
+        reader = _Reader(mapped, stack)
+        modules = _unique(parsed.path, ((item, _module(item, reader)) for item in parsed.modules))
+        frame = _frame(parsed, reader)
+        reader.check(parsed.path)
+        return replace(frame, modules=modules, notes=[*frame.notes, *split_notes(modules)])
+
+
+def stream(path: str | Path) -> Iterator[AdapterFile]:
+    """Read an adapter in pieces, so that one module at a time is in memory: first all but the modules, then each.
+
+    Raises `AdapterFileError` as `load` does, but two modules for one layer are both given, and their numbers are not
+    looked at: this is for comparing an adapter with another.
+    """
+    parsed = _sound(path)
+    with ExitStack() as stack:
+        reader = _Reader(copied, stack)
+        frame = _frame(parsed, reader)
+        yield frame
+        for item in parsed.modules:
+            reader.forget()
+            yield replace(frame, modules=[_module(item, reader)], embeddings={}, extras={})
+
+
+def _sound(path: str | Path, allow_pickle: bool = False) -> ParsedFile:
+    parsed = parse_file(path, allow_pickle)
+    if not any(module.path or module.uncut for module in parsed.modules):
         raise unknown_file(parsed)
     faults = problems(parsed.modules)
     if faults:
-        raise AdapterFileError(
-            listed(f"{path}: {len(faults)} of its {len(parsed.modules)} modules are damaged:", faults)
-        )
-    with ExitStack() as stack:
-        reader = _Reader(stack)
-        modules = _unique([_module(item, reader) for item in parsed.modules])
-        embeddings: dict[str, dict[str, Tensor]] = {}
-        for ref in parsed.embeddings:
-            name, slot = _embedding_name(ref.key)
-            embeddings.setdefault(name, {})[slot] = reader.read(ref)
-        extras = {ref.key: reader.read(ref) for ref in parsed.extras}
-    if reader.not_finite:
-        title = f"{path}: {len(reader.not_finite)} tensors hold numbers that are not finite (NaN or infinite):"
-        raise AdapterFileError(listed(title, sorted(reader.not_finite)))
+        title = f"{path}: {len(faults)} of its {len(parsed.modules)} modules are damaged:"
+        raise AdapterFileError(listed(title, faults))
+    return parsed
+
+
+def _frame(parsed: ParsedFile, reader: _Reader) -> AdapterFile:
+    """Return all of an adapter but its modules."""
+    embeddings: dict[str, dict[str, Tensor]] = {}
+    for ref in parsed.embeddings:
+        name, slot = embedding_name(ref.key)
+        embeddings.setdefault(name, {})[slot] = reader.read(ref)
+    extras = {ref.key: reader.read(ref) for ref in parsed.extras}
     return AdapterFile(
-        modules=modules,
+        modules=[],
         family=parsed.family,
         metadata=parsed.metadata,
         embeddings=embeddings,
         extras=extras,
-        source=SourceInfo(Path(path), parsed.format),
+        source=SourceInfo(parsed.path, parsed.format),
         notes=parsed.notes,
     )
 
 
 class _Reader:
-    """Reads every tensor once, however many modules share it, and remembers those that are not finite."""
+    """Reads every tensor once, however many modules share it."""
 
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack = stack
-        self._files: dict[Path, Any] = {}
+    def __init__(self, opened: Callable[[Path, ExitStack], Read], stack: ExitStack) -> None:
+        self._opened, self._stack = opened, stack
+        self._files: dict[Path, Read] = {}
         self._tensors: dict[tuple[Path, str], Tensor] = {}
-        self.not_finite: set[str] = set()
 
     def read(self, ref: Ref) -> Tensor:
+        """Return the tensor that `ref` stands for."""
         tensor = self._whole(ref)
         if not ref.rows:
             return tensor
-        parts = [tensor[start:stop] for start, stop in ref.rows]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return taken(tensor, ref.axis, ref.rows)
+
+    def forget(self) -> None:
+        """Give up the tensors that were read so far."""
+        self._tensors.clear()
+
+    def check(self, path: Path) -> None:
+        """Raise `AdapterFileError` when tensors that were read are not finite."""
+        odd = sorted({key for (_, key), tensor in self._tensors.items() if not is_finite(tensor)})
+        if odd:
+            title = f"{path}: {len(odd)} tensors hold numbers that are not finite (NaN or infinite):"
+            raise AdapterFileError(listed(title, odd))
 
     def _whole(self, ref: Ref) -> Tensor:
         place = ref.part.path, ref.key
         if place not in self._tensors:
             try:
                 if ref.part.path not in self._files:
-                    self._files[ref.part.path] = self._stack.enter_context(safe_open(ref.part.path, "pt"))
-                tensor = self._files[ref.part.path].get_tensor(ref.key)
-            except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+                    opened = copied if ref.part.copy else self._opened  # a temporary copy is deleted soon
+                    self._files[ref.part.path] = opened(ref.part.file, self._stack)
+                tensor = self._files[ref.part.path](ref.part.header.tensors[ref.key])
+            except (OSError, RuntimeError, ValueError) as error:
                 raise AdapterFileError(f"{ref.part.path}: '{ref.key}' cannot be read: {error}") from error
-            if tensor.is_floating_point() and not _finite(tensor):
-                self.not_finite.add(ref.key)
             self._tensors[place] = tensor
         return self._tensors[place]
-
-
-def _finite(tensor: Tensor) -> bool:
-    wide = tensor if tensor.element_size() > 1 else tensor.to(torch.float32)
-    return bool(torch.isfinite(wide).all())
 
 
 def _module(item: ParsedModule, reader: _Reader) -> AdapterModule:
@@ -99,39 +143,55 @@ def _module(item: ParsedModule, reader: _Reader) -> AdapterModule:
         component=item.component,
         path=item.path,
         algo=item.algo,
-        tensors={slot: reader.read(ref) for slot, ref in item.refs.items()},
+        tensors={**{slot: reader.read(ref) for slot, ref in item.refs.items()}, **_numbers(item)},
         alpha=item.alpha,
         rule=cast(Rule, item.rule),
         raw_name=item.raw_name,
         magnitude=reader.read(item.magnitude) if item.magnitude else None,
         magnitude_axis=cast("Axis | None", item.magnitude_axis),
         bias=reader.read(item.bias) if item.bias else None,
+        bias_rule=cast(BiasRule, item.bias_rule),
         target=item.target,
         group=item.group,
+        uncut=item.uncut,
         notes=item.notes,
     )
 
 
-def _unique(modules: Iterable[AdapterModule]) -> list[AdapterModule]:
+def _numbers(item: ParsedModule) -> dict[str, Tensor]:
+    return {slot: torch.tensor(number, dtype=torch.float64) for slot, number in item.numbers.items()}
+
+
+def _unique(path: Path, pairs: Iterable[tuple[ParsedModule, AdapterModule]]) -> list[AdapterModule]:
     """Drop a module that stands twice under two names; two that differ are an error, for either could be meant."""
-    kept: dict[tuple[str, str], AdapterModule] = {}
+    kept: dict[tuple[str, str], tuple[ParsedModule, AdapterModule]] = {}
     clashes = []
-    for module in modules:
-        key = module.component, module.path or module.raw_name
-        other = kept.setdefault(key, module)
+    for item, module in pairs:
+        first, other = kept.setdefault((module.component, module.layer), (item, module))
         if other is module:
             continue
         if _equal(other, module):
             other.notes.append(f"'{module.raw_name}' repeats '{other.raw_name}'")
         else:
-            clashes.append(f"'{other.raw_name}' and '{module.raw_name}' ({module.name})")
+            one, two = _differing_keys(first, other, item, module)
+            clashes.append(f"'{one}' and '{two}' ({module.name})")
     if clashes:
-        raise AdapterFileError(listed("two modules of the file are for the same layer and differ:", clashes))
-    return list(kept.values())
+        raise AdapterFileError(listed(f"{path}: two modules are for the same layer and differ:", clashes))
+    return [module for _, module in kept.values()]
+
+
+def _differing_keys(
+    first_item: ParsedModule, first: AdapterModule, second_item: ParsedModule, second: AdapterModule
+) -> tuple[str, str]:
+    """Return the keys of the first tensors that differ, else of the alphas, else the modules' names."""
+    for slot in first.tensors.keys() & second.tensors.keys():
+        if not _same(first.tensors[slot], second.tensors[slot]):
+            return first_item.refs[slot].key, second_item.refs[slot].key
+    return first_item.alpha_key or first.raw_name, second_item.alpha_key or second.raw_name
 
 
 def _equal(first: AdapterModule, second: AdapterModule) -> bool:
-    if first.tensors.keys() != second.tensors.keys() or (first.alpha, first.rule) != (second.alpha, second.rule):
+    if first.tensors.keys() != second.tensors.keys() or _rules(first) != _rules(second):
         return False
     pairs = [(tensor, second.tensors[slot]) for slot, tensor in first.tensors.items()]
     pairs += [
@@ -140,15 +200,14 @@ def _equal(first: AdapterModule, second: AdapterModule) -> bool:
         if a is not None and b is not None
     ]
     both = (first.magnitude is None) == (second.magnitude is None) and (first.bias is None) == (second.bias is None)
-    return both and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+    return both and all(_same(a, b) for a, b in pairs)
 
 
-def _embedding_name(key: str) -> tuple[str, str]:
-    """Split `bundle_emb.my.style.string_to_param.*` into ('my.style', 'string_to_param.*'); a name may hold dots."""
-    rest = key.removeprefix(BUNDLE)
-    for slot in EMBEDDING_SLOTS:
-        name, found, tail = rest.rpartition(f".{slot}")
-        if found:
-            return name, slot + tail
-    name, _, slot = rest.rpartition(".")
-    return name or rest, slot
+def _rules(module: AdapterModule) -> tuple[object, ...]:
+    """Return the scale and the rules: an alpha that is the rank and one that is not written down are the same."""
+    scale = (module.alpha, module.rule) if module.unsupported or module.only_bias else module.scale
+    return scale, module.magnitude_axis, module.bias_rule
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)

@@ -10,65 +10,99 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 
-PEFT_SUFFIXES = {
+_LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+_LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+_GLORA = ("a1", "a2", "b1", "b2", "bm")
+_SPARSE = ("bias_indices", "bias_values", "bias_size")
+# slots of a module's layer bias, whatever its kind: added as they are, but PEFT's `lora_B.bias` times the scale
+BIASES = {"bias": "added", "b_norm": "added", "up_bias": "scaled"}
+MAGNITUDES = frozenset({"dora_scale", "lora_magnitude_vector", "magnitude"})
+# slots that sit on top of any kind: they do not decide what a module is
+COMMON = frozenset({"alpha", *MAGNITUDES, *BIASES})
+
+DIFFUSERS_SUFFIXES = {
     "down": "lora_A.weight",
     "up": "lora_B.weight",
     "embedding_down": "lora_embedding_A",
     "embedding_up": "lora_embedding_B",
+    "bias": "lora_B.bias",
 }
-# slots that sit on top of any kind: they do not decide what a module is
-COMMON = frozenset({"alpha", "dora_scale", "lora_magnitude_vector", "bias", "up_bias"})
-
-_LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
-_LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t1", "lokr_t2")
+PEFT_SUFFIXES = {
+    **DIFFUSERS_SUFFIXES,
+    **{slot: slot for slot in (*_LOHA, *_LOKR)},
+    "oft_R": "oft_R.weight",
+    "neumann_terms": "",  # in adapter_config.json
+    "eps": "",
+}
 KOHYA_SUFFIXES = {
     "down": "lora_down.weight",
     "up": "lora_up.weight",
     "mid": "lora_mid.weight",
-    **{slot: slot for slot in (*_LOHA, *_LOKR)},
+    **{slot: slot for slot in (*_LOHA, *_LOKR, *_SPARSE)},
+    **{slot: f"{slot}.weight" for slot in _GLORA},
+    "diff": "diff",
+    "w_norm": "w_norm",
+    "oft_blocks": "oft_blocks",
+    "boft_blocks": "oft_blocks",
+    "rescale": "rescale",
+    "alpha": "alpha",
+    "weight": "weight",
+    "on_input": "on_input",
+    "bias": "diff_b",
 }
 KINDS: dict[str, tuple[str, ...]] = {
-    "lora": ("down", "up", "mid", "embedding_down", "embedding_up"),
+    "lora": ("down", "up", "mid", "embedding_down", "embedding_up", *_SPARSE),
     "loha": _LOHA,
     "lokr": _LOKR,
     "full": ("diff",),
-    "norm": ("w_norm", "b_norm"),
-    "glora": ("a1", "a2", "b1", "b2", "bm"),
-    "oft": ("oft_blocks", "oft_diag", "oft_R", "rescale"),
+    "norm": ("w_norm",),
+    "glora": _GLORA,
+    "oft": ("oft_blocks", "rescale"),
+    "boft": ("boft_blocks", "rescale"),
+    "oft_peft": ("oft_R",),
     "ia3": ("weight", "on_input"),
-    "sparse_bias": ("bias_indices", "bias_values", "bias_size"),
     "set": ("set_weight", "reshape_weight"),
 }
+# kinds that have alpha for a slot of their own: there it is a constraint
+ALPHA_SLOT = frozenset({"oft", "boft"})
+# kinds to which no alpha and no scale belongs
+NO_SCALE = frozenset({"full", "norm", "ia3", "oft_peft", *ALPHA_SLOT})
+_LORA = (frozenset({"down", "up"}), frozenset({"embedding_down", "embedding_up"}))
 # one of these sets must be complete; kinds that are not listed take any of their slots
 REQUIRED: dict[str, tuple[frozenset[str], ...]] = {
-    "lora": (frozenset({"down", "up"}), frozenset({"embedding_down", "embedding_up"})),
+    "lora": _LORA,
     "loha": (frozenset(_LOHA[:4]),),
     "lokr": tuple(
         frozenset(first + second)
         for first in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
         for second in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
     ),
-    "glora": (frozenset({"a1", "a2", "b1", "b2"}),),
+    "glora": (frozenset(_GLORA[:4]),),
+    "oft": (frozenset({"oft_blocks"}),),
+    "ia3": (frozenset({"weight", "on_input"}),),
 }
 
 _SUFFIX_OF_SLOT: dict[str, tuple[str, ...]] = {
-    "down": (r"lora_down\.weight", r"lora_A\.(?:[^.]+\.)?weight"),
-    "up": (r"lora_up\.weight", r"lora_B\.(?:[^.]+\.)?weight"),
+    # without `.weight` in files for Mochi
+    "down": (r"lora_down\.weight", r"lora_A\.(?:[^.]+\.)?weight", "lora_A"),
+    "up": (r"lora_up\.weight", r"lora_B\.(?:[^.]+\.)?weight", "lora_B"),
     "mid": (r"lora_mid\.weight",),
     "up_bias": (r"lora_B\.(?:[^.]+\.)?bias",),
     "embedding_down": (r"lora_embedding_A(?:\.[^.]+)?",),
     "embedding_up": (r"lora_embedding_B(?:\.[^.]+)?",),
     "lora_magnitude_vector": (r"lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?",),
     "bias": (r"diff_b",),
-    **{slot: (rf"{slot}\.weight",) for slot in ("a1", "a2", "b1", "b2", "bm")},
+    **{slot: (rf"{slot}\.weight",) for slot in _GLORA},
     "oft_R": (r"oft_R\.(?:[^.]+\.)?weight",),
     "oft_blocks": (r"oft_blocks(?:\.\d+)?",),
 }
 _PLAIN = (
     "alpha",
     "dora_scale",
+    "magnitude",
     *_LOHA,
     *_LOKR,
+    "lokr_t1",
     "diff",
     "w_norm",
     "b_norm",
@@ -77,7 +111,7 @@ _PLAIN = (
     "on_input",
     "weight",
 )
-_MORE = ("bias_indices", "bias_values", "bias_size", "set_weight", "reshape_weight")
+_MORE = (*_SPARSE, "set_weight", "reshape_weight")
 _NAMED = {**_SUFFIX_OF_SLOT, **{slot: (slot,) for slot in (*_PLAIN, *_MORE)}}
 _KEY = re.compile(
     r"(?P<name>.+?)\.(?:" + "|".join(f"(?P<{slot}>{'|'.join(ends)})" for slot, ends in _NAMED.items()) + r")"
@@ -95,8 +129,10 @@ def split_key(key: str) -> tuple[str, str] | None:
 def kind_of(slots: Collection[str]) -> str:
     """Return the kind of a module with these slots, 'unknown' when none fits or several do."""
     own = set(slots) - COMMON
-    if not own and "bias" in slots:
-        return "full"
+    if not own and BIASES.keys() & set(slots):
+        return "norm" if "b_norm" in slots else "full"
+    if any(slot.startswith("oft_blocks.") for slot in own):
+        return "oft of several blocks"  # sd-scripts' OFT of a fused layer
     kinds = [kind for kind, members in KINDS.items() if own and own <= set(members)]
     return kinds[0] if kinds else "unknown"
 
@@ -104,5 +140,6 @@ def kind_of(slots: Collection[str]) -> str:
 def missing_slots(kind: str, slots: Iterable[str]) -> list[str]:
     """Return the slots without which a module of this kind means nothing, as its nearest complete form lacks them."""
     have = set(slots)
-    lacking = [sorted(needed - have) for needed in REQUIRED.get(kind, ())]
+    sparse = frozenset(_SPARSE if have.intersection(_SPARSE) else ())
+    lacking = [sorted((needed | sparse) - have) for needed in REQUIRED.get(kind, ())]
     return min(lacking, key=len, default=[])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from vislora.algorithms.base import Algorithm, Init, InitOptions, LayerSpec, Rule
+from vislora.algorithms.base import Algorithm, Init, InitOptions, LayerSpec, Rule, fits
 from vislora.errors import AdapterFileError, AdapterMismatchError, listed
 from vislora.inject.layer import Dropout, LayerAdapter, state_of
-from vislora.inject.stack import Stack, drop_if_empty, existing_stack, stack_of
+from vislora.inject.stack import Stack, existing_stack, settle, stack_of
 from vislora.inject.targets import Target, unwrapped
 from vislora.registry import ALGORITHMS
 
@@ -122,21 +121,16 @@ def eject(model: nn.Module, name: str) -> None:
 def merge(model: nn.Module) -> None:
     """Compute W0 + the sum of the active deltas of every layer into a second buffer, in float32 with one rounding.
 
-    The base weight is only read. Layers that compute in a way of their own (quantised ones), or whose weight is kept
-    in so few bits that a delta would drown in its rounding, stay unmerged.
+    The base weight is only read. Layers that compute in a way of their own (quantised ones), whose weight is kept in so
+    few bits that a delta would drown in its rounding, or whose weight is away (offloading), stay unmerged. The buffer
+    follows a base weight that is loaded or written to later; only what is written through `.data` torch does not tell:
+    then merge again.
     """
     stack = existing_stack(model)
-    for layer in stack.layers.values() if stack else ():
+    for layer in stack.layers.values() if stack and not _group_offloaded(model) else ():
         state = state_of(layer)
-        if state is None or not _mergeable(layer, state.base_class):
-            continue
-        base: Tensor = layer.weight.detach()  # type: ignore[operator]
-        active = state.active()
-        if active:
-            total = base.to(torch.promote_types(base.dtype, torch.float32))
-            for adapter in active:
-                total = total + adapter.delta(base)
-            state.merged = total.to(base.dtype)
+        if state is not None and _mergeable(layer, state.base_class) and state.active():
+            state.merge(layer.weight)  # type: ignore[arg-type]
 
 
 def unmerge(model: nn.Module) -> None:
@@ -173,17 +167,23 @@ def summary(components: Mapping[str, nn.Module], sets: Mapping[str, AdapterSet])
 
 @contextmanager
 def _changing(model: nn.Module) -> Iterator[Stack]:
-    """Give the stack of `model`, and leave none behind when it is empty afterwards, errors included."""
+    """Give the stack of `model`; see `settle` for what is done afterwards, errors included."""
     try:
         yield stack_of(model)
     finally:
-        drop_if_empty(model)
+        settle(model)
 
 
 def _mergeable(layer: nn.Module, base_class: type[nn.Module]) -> bool:
     weight: Tensor = layer.weight  # type: ignore[assignment]
     plain = base_class.forward in {base.forward for base in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
     return plain and not weight.is_meta and _wide(weight.dtype)
+
+
+def _group_offloaded(model: nn.Module) -> bool:
+    """Say whether diffusers may hold weights on the disk: what is in memory between two forwards is then noise."""
+    registries = (module.__dict__.get("_diffusers_hook") for module in unwrapped(model).modules())
+    return any(registry is not None and "group_offloading" in registry.hooks for registry in registries)
 
 
 def _wide(dtype: torch.dtype) -> bool:
@@ -222,34 +222,42 @@ def _misfit(layer: nn.Module | None, module: FileModule) -> str | None:
         shape = algorithm.shape(module.slots)
     except AdapterFileError as error:
         return str(error)
+    if not algorithm.kinds(module.slots):
+        return f"a change of kind '{algorithm.name}' cannot be run: adapters are put on no layer of its kind"
     if layer is None:
         return f"the model has no such layer (the adapter's delta is {tuple(shape)})"
-    spec = LayerSpec.of(layer)
+    return _unlike(layer, algorithm, module.slots)
+
+
+def _unlike(layer: nn.Module, algorithm: Algorithm, slots: Mapping[str, Tensor]) -> str | None:
+    """Return what sets the layer apart from those that these slots are for, None when nothing does."""
+    spec, shape, kinds = LayerSpec.of(layer), algorithm.shape(slots), algorithm.kinds(slots)
     assert spec is not None  # the index of the stack holds only such layers
-    if not _same_weight(shape, spec.weight_shape, algorithm.flat):
+    if not fits(shape, spec.weight_shape, algorithm.flat):
         return f"the adapter's delta is {tuple(shape)}, the layer's weight {tuple(spec.weight_shape)}"
-    kinds = algorithm.kinds(module.slots)
     if spec.kind not in kinds:
         return (
             f"the adapter is for layers of the kind {' or '.join(sorted(kinds))}, the layer is of the kind {spec.kind}"
         )
+    if algorithm.needs_base and not _readable(layer, spec):
+        return f"'{algorithm.name}' depends on the base weight, which a {type(layer).__name__} does not keep as it is"
     return None
 
 
-def _same_weight(shape: tuple[int, ...], weight: tuple[int, ...], flat: bool) -> bool:
-    if flat and len(shape) == 2:
-        return shape == (weight[0], math.prod(weight[1:]))
-    return _without_ones(shape) == _without_ones(weight)
-
-
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Drop the kernel of a 1 x 1 conv: files store such layers as linear ones too."""
-    return shape[:2] if all(size == 1 for size in shape[2:]) else shape
+def _readable(layer: nn.Module, spec: LayerSpec) -> bool:
+    """Say whether the weight of `layer` is plain numbers, and not those of a quantised layer."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return tuple(weight.shape) == spec.weight_shape and weight.dtype.is_floating_point
 
 
 def _layer_adapter(layer: nn.Module, module: FileModule) -> LayerAdapter:
     weight: Tensor = layer.weight  # type: ignore[assignment]
     device = weight.device if not weight.is_meta else torch.device("cpu")
     dtype = weight.dtype if _wide(weight.dtype) else None
-    slots = {name: slot.detach().to(device, dtype or slot.dtype) for name, slot in module.slots.items()}
+    slots = {name: _cast(slot.detach(), device, dtype) for name, slot in module.slots.items()}
     return LayerAdapter(ALGORITHMS[module.algorithm], slots, module.scale)
+
+
+def _cast(slot: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+    """Move a slot; one of whole numbers, such as an index, keeps its dtype."""
+    return slot.to(device, dtype if dtype is not None and slot.is_floating_point() else slot.dtype)

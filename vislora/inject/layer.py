@@ -7,6 +7,7 @@ its class back. Adapter tensors are no parameters of the base layer: they live i
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -62,14 +63,17 @@ class LayerAdapter:
         slots = self._slots_for(base_out)
         if torch.is_autocast_enabled(x.device.type):
             return self.algorithm.forward(x, base_out, slots, factor, layer, rank_dropout)
-        dtype = next(iter(slots.values())).dtype
+        dtype = next(slot.dtype for slot in slots.values() if slot.is_floating_point())
         x = x.to(dtype) if x.is_floating_point() else x
         return self.algorithm.forward(x, base_out.to(dtype), slots, factor, layer, rank_dropout).to(base_out.dtype)
 
     def delta(self, base: Tensor) -> Tensor:
         """Return the change of the base weight in float32 (float64 for a float64 base), strength included."""
         dtype = torch.promote_types(base.dtype, torch.float32)
-        slots = {name: slot.detach().to(base.device, dtype) for name, slot in self.slots.items()}
+        slots = {
+            name: slot.detach().to(base.device, dtype if slot.is_floating_point() else slot.dtype)
+            for name, slot in self.slots.items()
+        }
         return self.algorithm.delta(slots, self.scale * self.strength, base.to(dtype)).reshape(base.shape)
 
     def _slots_for(self, out: Tensor) -> dict[str, Tensor]:
@@ -84,11 +88,15 @@ class LayerAdapter:
 
 @dataclass
 class LayerState:
-    """Every adapter on one layer, in the order of their names, so that a sum never depends on loading order."""
+    """Every adapter on one layer, in the order of their names, so that a sum never depends on loading order.
+
+    `merged`: the base weight with the active deltas in it, as `source` (weight, its version) was when it was computed.
+    """
 
     base_class: type[nn.Module]
     adapters: dict[str, LayerAdapter] = field(default_factory=dict)
     merged: Tensor | None = None
+    source: tuple[weakref.ref[Tensor], int] | None = None
 
     def add(self, name: str, adapter: LayerAdapter) -> None:
         """Add an adapter; a merged weight becomes stale and is dropped."""
@@ -99,6 +107,29 @@ class LayerState:
     def active(self) -> list[LayerAdapter]:
         """Return the adapters whose strength is not zero."""
         return [adapter for adapter in self.adapters.values() if adapter.strength != 0.0]
+
+    def merge(self, weight: Tensor) -> None:
+        """Compute `merged` from `weight`, in float32 with one rounding."""
+        # no inference tensor, which later passes with gradients could not use
+        with torch.inference_mode(False), torch.no_grad():
+            total = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+            for adapter in self.active():
+                total = total + adapter.delta(weight.detach())
+            self.merged = total.to(weight.dtype)
+        self.source = weakref.ref(weight), _version(weight)
+
+    def is_stale(self, weight: Tensor) -> bool:
+        """Say whether `weight` is another one than that in `merged`, or was written to since."""
+        return self.source is None or self.source[0]() is not weight or self.source[1] != _version(weight)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the source out: the weight of a copy is another one."""
+        return {**self.__dict__, "source": None}
+
+
+def _version(tensor: Tensor) -> int:
+    """Return torch's count of the writes to `tensor`; tensors of inference mode have none."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 class AdapterLayer:
@@ -111,17 +142,37 @@ class AdapterLayer:
         """
         state: LayerState = self.__dict__[STATE]
         if state.merged is not None:
-            # the model may have moved, or changed its dtype, since
-            state.merged = state.merged.to(input.device, self.weight.dtype)  # type: ignore[attr-defined]
-            return apply_weight(self, input, state.merged, getattr(self, "bias", None))  # type: ignore[arg-type]
+            return apply_weight(self, input, _merged(self, state, input), getattr(self, "bias", None))  # type: ignore[arg-type]
         out = super().forward(input, *args, **kwargs)  # type: ignore[misc]
         for adapter in state.active():
             out = adapter.apply(input, out, self)  # type: ignore[arg-type]
         return out
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Load, then merge anew at once: what `torch.compile` made of this layer cannot tell that its weight is new."""
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+        state: LayerState = self.__dict__[STATE]
+        weight: Tensor = self.weight  # type: ignore[attr-defined]
+        if state.merged is not None and not weight.is_meta and state.is_stale(weight):
+            state.merge(weight)
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copy and pickle by the base class: a class made on demand has no importable name."""
         return _rebuilt, (self.__dict__[STATE].base_class,), self.__getstate__()
+
+
+def _merged(layer: nn.Module, state: LayerState, input: Tensor) -> Tensor:
+    """Return the merged weight for a forward of `layer`, computed anew when the base weight is not what it was.
+
+    Versions cannot be read while a graph is traced.
+    """
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    if not torch.compiler.is_compiling() and state.is_stale(weight):
+        state.merge(weight)
+    assert state.merged is not None
+    # the model may have moved, or changed its dtype, since
+    state.merged = state.merged.to(input.device, weight.dtype)
+    return state.merged
 
 
 _adapted: dict[type[nn.Module], type[nn.Module]] = {}

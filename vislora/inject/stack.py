@@ -7,32 +7,43 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from vislora.errors import ConfigError, nearest
+from vislora.inject.fused import Watch, can_fuse, require_run, watches
 from vislora.inject.layer import LayerAdapter, put_on, require_removable, state_of, take_off
-from vislora.inject.targets import adaptable, aliases, unwrapped
+from vislora.inject.targets import adaptable, aliases, plain_path, unwrapped
 
 STACK = "_vislora_stack"
 
 
 @dataclass
 class Stack:
-    """Which adapters are on `model`. Held by the model itself, so two pipelines that share it see one stack."""
+    """Which adapters are on `model`. Held by the model itself, so two pipelines that share it see one stack.
+
+    `attentions`: path -> module whose layers diffusers may fuse; `watches`: those of them with adapters; `hook`: asks
+    them before every forward of the model.
+    """
 
     layers: dict[str, nn.Module]
     aliases: dict[str, str] = field(default_factory=dict)
+    attentions: dict[str, nn.Module] = field(default_factory=dict)
     strengths: dict[str, float] = field(default_factory=dict)
     paths: dict[str, list[str]] = field(default_factory=dict)
     frozen: dict[str, list[tuple[nn.Module, str]]] = field(default_factory=dict)
+    watches: list[Watch] = field(default_factory=list)
+    hook: RemovableHandle | None = None
 
     def add(self, name: str, adapters: Mapping[str, LayerAdapter], strength: float) -> None:
         """Put the adapter `name` on its layers; on any failure the model is as it was.
 
-        Raises `ConfigError` for a name in use or a strength that is no sensible number.
+        Raises `ConfigError` for a name in use or a strength that is no sensible number, and `AdapterMismatchError`
+        for a layer that cannot have an adapter now.
         """
         if name in self.strengths:
             raise ConfigError(f"an adapter named '{name}' is loaded already; eject it first or choose another name")
         checked = strength_in_range(name, strength)
+        require_run(name, adapters, self.attentions)
         done: list[str] = []
         try:
             for path, adapter in adapters.items():
@@ -45,6 +56,7 @@ class Stack:
             raise
         self.strengths[name] = checked
         self.paths[name] = done
+        self._watch()
 
     def set_strength(self, name: str, strength: float) -> None:
         """Change the strength of `name` on all of its layers. A merged weight is dropped: it holds the old strength."""
@@ -64,6 +76,7 @@ class Stack:
         for path in paths:
             take_off(self.layers[path], path, name)
         del self.paths[name], self.strengths[name]
+        self._watch()
         self._thaw(name)
 
     def freeze(self, model: nn.Module, name: str) -> None:
@@ -88,6 +101,10 @@ class Stack:
             if parameter is not None:
                 parameter.requires_grad_(True)
 
+    def _watch(self) -> None:
+        adapted = {path: self.layers[path] for paths in self.paths.values() for path in paths}
+        self.watches = watches(adapted, self.attentions)
+
     def _known(self, name: str) -> str:
         if name not in self.strengths:
             loaded = ", ".join(self.strengths) or "none"
@@ -100,7 +117,8 @@ def stack_of(model: nn.Module) -> Stack:
     stack = existing_stack(model)
     if stack is None:
         layers = adaptable(model)
-        stack = unwrapped(model).__dict__[STACK] = Stack(layers, aliases(model, layers))
+        attentions = {plain_path(path): module for path, module in unwrapped(model).named_modules() if can_fuse(module)}
+        stack = unwrapped(model).__dict__[STACK] = Stack(layers, aliases(model, layers), attentions)
     return stack
 
 
@@ -109,11 +127,25 @@ def existing_stack(model: nn.Module) -> Stack | None:
     return unwrapped(model).__dict__.get(STACK)
 
 
-def drop_if_empty(model: nn.Module) -> None:
-    """Forget the index of a model that has no adapters left, so that nothing stays behind."""
+def settle(model: nn.Module) -> None:
+    """Have the adapters of `model` watched while there are some to watch; without any, leave nothing behind."""
     stack = existing_stack(model)
-    if stack is not None and not stack.strengths:
+    if stack is None:
+        return
+    if stack.watches and stack.hook is None:
+        stack.hook = unwrapped(model).register_forward_pre_hook(_require_run)
+    if not stack.watches and stack.hook is not None:
+        stack.hook.remove()
+        stack.hook = None
+    if not stack.strengths:
         del unwrapped(model).__dict__[STACK]
+
+
+def _require_run(model: nn.Module, args: object) -> None:
+    """Stand before every forward of a model with watches: a layer that is passed over cannot tell so itself."""
+    stack = existing_stack(model)
+    for watch in stack.watches if stack else ():
+        watch.require_run()
 
 
 def strength_in_range(name: str, strength: float) -> float:

@@ -15,6 +15,7 @@ from torch import nn
 
 from vislora.algorithms.base import LayerSpec
 from vislora.errors import ConfigError, listed, nearest
+from vislora.inject.fused import FUSED, can_fuse, idle_layers
 
 _ATTENTION = (
     r"to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|to_qkv|"  # diffusers
@@ -96,7 +97,7 @@ def adaptable(model: nn.Module) -> dict[str, nn.Module]:
 
     Paths are those of the model itself, whatever parts of it `torch.compile` wrapped. Left out: layers whose weights
     their parent reads itself, without calling them (the output projection of `nn.MultiheadAttention`, the linears of
-    `nn.TransformerEncoderLayer`'s fast path): an adapter there has no effect.
+    `nn.TransformerEncoderLayer`'s fast path), and fused projections out of use: an adapter there has no effect.
     """
     bypassed = {
         id(child)
@@ -104,8 +105,10 @@ def adaptable(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
         for child in module.modules()
     }
+    for attention in filter(can_fuse, model.modules()):
+        bypassed |= {id(attention._modules[name]) for name in idle_layers(attention) & FUSED.keys()}
     return {
-        _plain_path(path): module
+        plain_path(path): module
         for path, module in unwrapped(model).named_modules()
         if path and LayerSpec.of(module) is not None and id(module) not in bypassed
     }
@@ -115,7 +118,7 @@ def aliases(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]
     """Return the further paths of layers that are at several places of `model`, each with its path in `layers`."""
     first = {id(layer): path for path, layer in layers.items()}
     everywhere = unwrapped(model).named_modules(remove_duplicate=False)
-    found = {_plain_path(path): first[id(module)] for path, module in everywhere if id(module) in first}
+    found = {plain_path(path): first[id(module)] for path, module in everywhere if id(module) in first}
     return {path: other for path, other in found.items() if path != other}
 
 
@@ -124,7 +127,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def _plain_path(path: str) -> str:
+def plain_path(path: str) -> str:
+    """Return `path` without the levels that `torch.compile` puts in."""
     return path.replace("_orig_mod.", "").removesuffix("._orig_mod")
 
 

@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vislora.algebra.compare import Comparison, compare
+import torch
+
+from vislora.algebra.compare import Comparison
 from vislora.config.convert import ConvertConfig
-from vislora.errors import AdapterFileError, ConfigError
-from vislora.files import replacing, write_text
+from vislora.errors import AdapterFileError, ConfigError, VisloraError
+from vislora.files import replacing, syncing, write_text
 from vislora.formats.adapter_file import AdapterFile
+from vislora.formats.container import is_one_adapter
+from vislora.formats.contract import Packed
+from vislora.formats.overview import overview
 from vislora.formats.reading import load
 from vislora.formats.tucker import fold_tucker
-from vislora.formats.writing import Loss, save, unwritable
-from vislora.records import Done, Note, Record, result
+from vislora.formats.writing import Loss, pack, pack_whole, unwritable, writable, write
+from vislora.jobs.changes import changed
+from vislora.jobs.folders import adapters_below, check_places, destinations
+from vislora.jobs.parallel import each, is_worker
+from vislora.jobs.proof import prove
+from vislora.records import Done, Note, Progress, Record, result
+from vislora.registry import FORMATS
+
+Pack = Callable[[AdapterFile, Path, str], list[Packed]]
 
 
 @dataclass
 class ConvertReport:
-    """How a conversion went. `proven`: modules whose delta was read back equal; `lost`: what could not be written."""
+    """How a conversion went. `proven`: modules whose delta was read back equal; `lost`: what could not be written.
+
+    changes, changed: what was asked to be changed, in words and by module; `proven` means equal to that.
+    """
 
     source: Path
     destination: Path
@@ -34,6 +49,8 @@ class ConvertReport:
     lost: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     differences: dict[str, float] = field(default_factory=dict)
+    changes: str = ""
+    changed: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -47,7 +64,40 @@ class ConvertReport:
             return f"not written: {len(self.lost) + len(self.problems)} problem(s) with {self.source}"
         within = f", {self.relative:.1g} of its module" if self.relative else ""
         line = f"proven: {self.proven} of {self.modules} modules equal (max difference {self.largest:.2g}{within})"
+        line = f"{line}; {self.changes}" if self.changes else line
         return f"{line}; {len(self.lost)} loss(es), as allowed" if self.lost else line
+
+
+@dataclass
+class FolderReport:
+    """How the conversion of a folder of adapters went."""
+
+    source: Path
+    destination: Path
+    to: str
+    files: list[ConvertReport] = field(default_factory=list)
+
+    @property
+    def bad(self) -> int:
+        """Count the adapters of which something was not written or not proven."""
+        return sum(not report.ok for report in self.files)
+
+    @property
+    def ok(self) -> bool:
+        """Say whether every adapter was written and proven."""
+        return not self.bad
+
+    @property
+    def verdict(self) -> str:
+        """Return the outcome in one line."""
+        proven = f"{len(self.files) - self.bad} of {len(self.files)} adapters proven, in {self.destination}"
+        names = ", ".join(str(report.source) for report in self.files if not report.ok)
+        return f"{proven}; not: {names}" if names else proven
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        places = {"source": str(self.source), "destination": str(self.destination), "to": self.to, "ok": self.ok}
+        return {**places, "files": [as_json(report) for report in self.files]}
 
 
 def convert(source: str | Path, destination: str | Path, to: str, **settings: Any) -> ConvertReport:
@@ -57,22 +107,47 @@ def convert(source: str | Path, destination: str | Path, to: str, **settings: An
     unless `allow_loss`. Raises `AdapterFileError` for an unreadable source, `ConfigError` for a bad setting.
     """
     values = {"source": Path(source), "destination": Path(destination), "to": to, **settings}
-    report: ConvertReport = result(run(ConvertConfig.of(values)))
+    report: ConvertReport = result(_one(ConvertConfig.of(values)))
+    return report
+
+
+def convert_folder(source: str | Path, destination: str | Path, to: str, **settings: Any) -> FolderReport:
+    """Convert every adapter below the folder `source` into the folder `destination`; a bad one stops no other.
+
+    Does as `convert` does, with one report per adapter, but an unreadable adapter is a problem in its report.
+    """
+    values = {"source": Path(source), "destination": Path(destination), "to": to, **settings}
+    config = ConvertConfig.of(values)
+    report: FolderReport = result(_folder(config))
     return report
 
 
 def run(config: ConvertConfig) -> Iterator[Record]:
-    """Convert as `config` says; yields a note per problem. The exit code is 1 after a mismatch or a loss."""
+    """Convert as `config` says; yields a note per problem. The exit code is 1 after a mismatch, a loss or an error."""
+    if config.list:
+        yield Done(list(FORMATS), overview())
+    elif config.source.is_dir() and not is_one_adapter(config.source):
+        yield from _folder(config)
+    else:
+        yield from _one(config)
+
+
+def _one(config: ConvertConfig) -> Iterator[Record]:
     _check_places(config)
-    adapter = load(config.source)
+    adapter = load(config.source, config.allow_pickle)
     yield from (Note(text) for text in adapter.notes)
-    adapter = replace(adapter, family=config.family or adapter.family)
+    changes = changed(replace(adapter, family=config.family or adapter.family), config)
+    yield from changes.notes
+    adapter = changes.adapter
     losses = unwritable(adapter, config.to)
     report = ConvertReport(config.source, config.destination, config.to, len(adapter.modules))
+    report.changes, report.changed = changes.verdict, changes.modules
     report.lost = [str(loss) for loss in losses]
     yield from (Note(f"cannot be kept: {line}", "warning") for line in report.lost)
-    if not losses or config.allow_loss:
-        yield from _write(config, without(adapter, losses, config.to), report)
+    if not losses:
+        yield from _write(config, adapter, pack_whole, report)
+    elif config.allow_loss:
+        yield from _write(config, without(adapter, losses, config.to), pack, report)
     else:
         yield Note("nothing was written; allow_loss writes the rest", "warning")
     if config.report is not None:
@@ -80,11 +155,64 @@ def run(config: ConvertConfig) -> Iterator[Record]:
     yield Done(report, report.verdict, 0 if report.ok else 1)
 
 
+def _folder(config: ConvertConfig) -> Iterator[Record]:
+    adapters, others = adapters_below(config.source)
+    places = destinations(adapters, config.source, config.destination, writable(config.to).container)
+    check_places(places, config.source, config.destination, config.overwrite)
+    _check_report(config, [*places, *places.values()])
+    if others:
+        yield Note(f"{len(others)} other files are left alone (first: {others[0]})")
+    tasks = [
+        config.model_copy(update={"source": source, "destination": target, "report": None})
+        for source, target in places.items()
+    ]
+    whole = FolderReport(config.source, config.destination, config.to)
+    for task, (notes, report) in each(_attempt, tasks, config.workers, _killed):
+        whole.files.append(report)
+        name = task.source.relative_to(config.source)
+        yield from (Note(f"{name}: {note.text}", note.level) for note in notes)
+        yield Note(f"{name}: {report.verdict}", "info" if report.ok else "warning")
+        yield Progress("converting", len(whole.files), len(tasks), {"not proven": whole.bad})
+    whole.files.sort(key=lambda report: adapters.index(report.source))
+    if config.report is not None:
+        write_text(config.report, json.dumps(whole.as_json(), indent=2) + "\n")
+    yield Done(whole, whole.verdict, 0 if whole.ok else 1)
+
+
+def _attempt(config: ConvertConfig) -> tuple[list[Note], ConvertReport]:
+    """Convert one adapter of many: whatever goes wrong with it is told, and the others go on."""
+    notes = []
+    if is_worker():
+        torch.set_num_threads(1)
+    try:
+        for record in _one(config):
+            if isinstance(record, Note):
+                notes.append(record)
+            elif isinstance(record, Done):
+                return notes, record.value
+    except VisloraError as error:
+        return _failed(config, notes, str(error))
+    except Exception as error:
+        return _failed(config, notes, f"{type(error).__name__}, a fault of vislora's: {error}")
+    raise AssertionError("a conversion ends with a report")
+
+
+def _killed(config: ConvertConfig) -> tuple[list[Note], ConvertReport]:
+    return _failed(config, [], "its process was killed, maybe for want of memory; convert it alone")
+
+
+def _failed(config: ConvertConfig, notes: list[Note], problem: str) -> tuple[list[Note], ConvertReport]:
+    report = ConvertReport(config.source, config.destination, config.to, 0, problems=[problem])
+    return [*notes, Note(problem, "warning")], report
+
+
 def without(adapter: AdapterFile, losses: list[Loss], to: str) -> AdapterFile:
     """Return `adapter` without what `to` cannot hold; a Tucker core is multiplied out rather than dropped."""
     if not losses:
         return adapter
-    folded = replace(adapter, modules=[fold_tucker(module) for module in adapter.modules], embeddings={}, extras={})
+    folded = replace(adapter, modules=[fold_tucker(module) for module in adapter.modules], extras={})
+    if not writable(to).embeddings:
+        folded = replace(folded, embeddings={})
     lost = {name for loss in unwritable(folded, to) for name in loss.names}
     return replace(folded, modules=[module for module in folded.modules if module.name not in lost])
 
@@ -99,12 +227,12 @@ class _Unproven(Exception):
     """Leaves `replacing`, so that no file stays behind."""
 
 
-def _write(config: ConvertConfig, adapter: AdapterFile, report: ConvertReport) -> Iterator[Record]:
+def _write(config: ConvertConfig, adapter: AdapterFile, packed: Pack, report: ConvertReport) -> Iterator[Record]:
     try:
         with replacing(config.destination) as temporary:
-            save(adapter, temporary, config.to)
-            comparison = compare(adapter, load(temporary))
-            _tell(report, comparison, config.tolerance)
+            write(packed(adapter, config.destination, config.to), temporary)
+            with syncing(temporary):
+                _tell(report, prove(adapter, temporary), config.tolerance)
             if report.problems:
                 raise _Unproven
         report.written = True
@@ -123,9 +251,18 @@ def _check_places(config: ConvertConfig) -> None:
     source, destination = config.source.resolve(), config.destination.resolve()
     if source == destination or destination in source.parents:
         raise ConfigError(f"destination: {config.destination} is, or holds, the source itself; name another place")
+    if source in destination.parents:
+        raise ConfigError(f"destination: {config.destination} is in the source; name a place beside it")
     if config.destination.exists() and not config.overwrite:
         raise ConfigError(f"destination: {config.destination} exists; choose another, or set overwrite")
-    if config.to != "peft" and config.destination.suffix != ".safetensors":
-        raise AdapterFileError(f"{config.destination}: a {config.to} adapter is a file named *.safetensors")
-    if config.to == "peft" and config.destination.suffix == ".safetensors":
-        raise AdapterFileError(f"{config.destination}: a peft adapter is a folder, not a .safetensors file")
+    form, is_file = writable(config.to), config.destination.suffix == ".safetensors"
+    if form.container == "file" and not is_file:
+        raise AdapterFileError(f"{config.destination}: a {form.name} adapter is a file named *.safetensors")
+    if form.container == "folder" and is_file:
+        raise AdapterFileError(f"{config.destination}: a {form.name} adapter is a folder, not a .safetensors file")
+    _check_report(config, [config.source, config.destination])
+
+
+def _check_report(config: ConvertConfig, places: Iterable[Path]) -> None:
+    if config.report is not None and config.report.resolve() in {place.resolve() for place in places}:
+        raise ConfigError(f"report: {config.report} is the place of an adapter; name another file")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from PIL import Image
 
 from vislora.config.generate import GenerateConfig
 from vislora.errors import AdapterFileError, ConfigError, ModelError
-from vislora.files import replacing
+from vislora.files import replacing, reserving
 from vislora.jobs.prompts import Prompt, find_adapter, label_adapters, parse_adapter, parse_prompt, read_prompts
-from vislora.jobs.recipes import adapter_hash, read_recipe, save_png, threads, versions
-from vislora.jobs.studio import Job, Picture, Studio, free_numbers, make, open_studio
+from vislora.jobs.recipes import adapter_hash, read_recipe, threads, versions
+from vislora.jobs.studio import Job, Picture, Studio, free_numbers, make, open_studio, save_numbered
 from vislora.models.base import Family
 from vislora.models.sampling import Sampling, Shot, cut_off, picture_step
 from vislora.models.schedulers import scheduler_for
@@ -40,7 +40,7 @@ def run(config: GenerateConfig) -> Iterator[Record]:
     studio = open_studio(config.base, config.device, config.precision)
     how = sampling(studio.family, config)
     for label, path in paths.items():
-        yield from studio.load(label, path, config.allow_partial)
+        yield from studio.load(label, path, config.allow_partial, config.allow_pickle)
     jobs = [
         Job(Shot(prompt.text, config.negative_prompt, config.seed + number), _stack(always, prompt, labels))
         for prompt in prompts
@@ -52,8 +52,7 @@ def run(config: GenerateConfig) -> Iterator[Record]:
     yield from _collect(make(studio, jobs, how, config.batch_size, config.output), pictures)
     lines = [str(picture.path) for picture in pictures]
     if config.sheet:
-        path = _free(config.output, "sheet")
-        yield from _sheet(studio, jobs, how, config.batch_size, pictures, path)
+        path = yield from _sheet(studio, jobs, how, config.batch_size, pictures, config.output)
         lines.append(str(path))
     yield Done(pictures, "\n".join(lines))
 
@@ -99,30 +98,26 @@ def _collect(records: Iterator[Progress | Picture], pictures: list[Picture], tas
 
 
 def _sheet(
-    studio: Studio, jobs: list[Job], how: Sampling, batch_size: int, stacked: list[Picture], path: Path
-) -> Iterator[Progress]:
-    """Make every job with the base and with each adapter alone too, and write them all as one picture."""
+    studio: Studio, jobs: list[Job], how: Sampling, batch_size: int, stacked: list[Picture], folder: Path
+) -> Generator[Progress, None, Path]:
+    """Make every job with the base and with each adapter alone too, write them all as one picture; return its path."""
     columns: list[tuple[str, list[Image.Image]]] = []
     alone = list(studio.paths) if len(studio.paths) > 1 else []
     for name in [None, *alone]:
         label = "base" if name is None else name.replace("/", "-")
         part = [Job(job.shot, {} if name is None else {name: job.strengths.get(name, 1.0)}) for job in jobs]
         pictures: list[Picture] = []
-        yield from _collect(make(studio, part, how, batch_size, path.parent / label), pictures, f"sheet: {label}")
+        yield from _collect(make(studio, part, how, batch_size, folder / label), pictures, f"sheet: {label}")
         columns.append((label, [picture.image for picture in pictures]))
     if studio.paths:
         last = "stack" if alone else next(iter(studio.paths))
         columns.append((last, [picture.image for picture in stacked]))
     rows = list(zip(*(images for _, images in columns), strict=True))
     sheet = contact_sheet(rows, [job.shot.prompt for job in jobs], [label for label, _ in columns])
-    with replacing(path) as temporary:
+    names = chain(["sheet"], (f"sheet-{number}" for number in count(2)))  # an image is never overwritten
+    with reserving(folder / f"{name}.png" for name in names) as path, replacing(path) as temporary:
         sheet.save(temporary, format="PNG")
-
-
-def _free(folder: Path, stem: str) -> Path:
-    """Return a path for a PNG that is not there yet: an image is never overwritten."""
-    names = chain([stem], (f"{stem}-{number}" for number in count(2)))
-    return next(path for name in names if not (path := folder / f"{name}.png").exists())
+    return path
 
 
 def _repeat(config: GenerateConfig, source: Path) -> Iterator[Record]:
@@ -135,7 +130,7 @@ def _repeat(config: GenerateConfig, source: Path) -> Iterator[Record]:
         path = find_adapter(row["path"], config.adapters)
         if adapter_hash(path) != row["sha256"]:
             raise AdapterFileError(f"like: {path} has changed since {source} was made")
-        yield from studio.load(row["name"], path, config.allow_partial)
+        yield from studio.load(row["name"], path, config.allow_partial, config.allow_pickle)
     now = {**versions(), "device": str(studio.device), "threads": str(threads())}
     then = {**recipe.versions, "device": recipe.device, "threads": str(recipe.threads)}
     changed = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if now[name] != then.get(name)]
@@ -143,6 +138,5 @@ def _repeat(config: GenerateConfig, source: Path) -> Iterator[Record]:
         yield Note(f"the last bits may differ: {'; '.join(changed)}", "warning")
     strengths = {row["name"]: row["strength"] for row in recipe.adapters}
     image, again = studio.shoot(recipe.batch, strengths, recipe.sampling)[recipe.index]
-    path = config.output / f"{next(free_numbers(config.output)):05d}-{recipe.shot.seed}.png"
-    save_png(image, path, again)
-    yield Done([Picture(path, again)], str(path))
+    picture = save_numbered(image, config.output, free_numbers(config.output), again)
+    yield Done([picture], str(picture.path))

@@ -11,11 +11,16 @@ from typing import Any
 
 from vislora.config.inspect import InspectConfig
 from vislora.formats.checks import problems
-from vislora.formats.detect import ParsedFile, looks_like, parse_file
+from vislora.formats.detect import ParsedFile, parse_file
+from vislora.formats.other_things import looks_like
 from vislora.formats.parsed import ParsedModule, Ref
+from vislora.formats.slots import NO_SCALE
 from vislora.records import Done, Record
 
 LONGEST_VALUE = 100
+# slots whose rows are the rank
+RANKS = ("down", "embedding_down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b", "a2")
+CORES = frozenset({"mid", "hada_t1", "lokr_t2", "bm"})
 
 
 @dataclass
@@ -41,9 +46,9 @@ class FileSummary:
     modules: list[dict[str, Any]] = field(default_factory=list)
 
 
-def inspect(path: str | Path) -> FileSummary:
-    """Summarise the adapter at `path`. Raises `AdapterFileError` when it cannot be read as safetensors at all."""
-    parsed = parse_file(path)
+def inspect(path: str | Path, allow_pickle: bool = False) -> FileSummary:
+    """Summarise the adapter at `path`. Raises `AdapterFileError` when its headers cannot be read at all."""
+    parsed = parse_file(path, allow_pickle)
     modules = parsed.modules
     refs = [ref for module in modules for ref in _refs(module)] + parsed.embeddings + parsed.extras
     distinct = {(ref.part.path, ref.key): ref for ref in refs}
@@ -52,12 +57,12 @@ def inspect(path: str | Path) -> FileSummary:
         what=_what(parsed),
         format=parsed.format,
         family=parsed.family,
-        size=sum(part.header.size for part in parsed.parts),
+        size=sum(part.path.stat().st_size for part in parsed.parts),
         parameters=sum(part.header.tensors[key].count for part in parsed.parts for key in part.header.tensors),
         components=_histogram(module.component for module in modules),
         kinds=_histogram(_kind(module) for module in modules),
         ranks=_histogram(_rank(module) for module in modules if _rank(module) is not None),
-        alphas=_histogram("rank" if module.alpha is None else f"{module.alpha:g}" for module in modules),
+        alphas=_histogram(_alpha(module) for module in modules if module.algo not in NO_SCALE),
         dtypes=_histogram(ref.dtype for ref in distinct.values()),
         embeddings=[ref.key for ref in parsed.embeddings],
         extras=[ref.key for ref in parsed.extras],
@@ -70,7 +75,7 @@ def inspect(path: str | Path) -> FileSummary:
 
 def run(config: InspectConfig) -> Iterator[Record]:
     """Inspect as `config` says. The exit code is 1 when the file is damaged as an adapter."""
-    summary = inspect(config.path)
+    summary = inspect(config.path, config.allow_pickle)
     text = json.dumps(as_json(summary), indent=2) if config.json else as_text(summary, config.metadata)
     yield Done(summary, text, 1 if summary.problems else 0)
 
@@ -105,7 +110,7 @@ def as_text(summary: FileSummary, metadata: bool = True) -> str:
 
 
 def _what(parsed: ParsedFile) -> str:
-    resolved = sum(1 for module in parsed.modules if module.path)
+    resolved = sum(1 for module in parsed.modules if module.tree_name)
     if resolved:
         return f"an adapter with {len(parsed.modules)} modules"
     if parsed.modules:
@@ -118,15 +123,25 @@ def _refs(module: ParsedModule) -> list[Ref]:
 
 
 def _kind(module: ParsedModule) -> str:
-    tucker = " (Tucker)" if "mid" in module.refs else ""
-    return f"{module.algo}{tucker}{' + dora' if module.magnitude else ''}{' + bias' if module.bias else ''}"
+    tucker = " (Tucker)" if CORES & module.refs.keys() else ""
+    sparse = " + sparse rest" if "bias_values" in module.refs else ""
+    dora = f" + dora per {module.magnitude_axis}put" if module.magnitude else ""
+    kind = "bias" if not module.refs and module.bias else f"{module.algo}{tucker}{sparse}{dora}"
+    return f"{kind} + bias" if module.bias and module.refs else kind
 
 
 def _rank(module: ParsedModule) -> int | None:
-    for slot in ("down", "embedding_down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
+    """Return the rank that the slots tell, None for kinds without one and for what is damaged."""
+    for slot in RANKS:
         if slot in module.refs and module.refs[slot].shape:
             return module.refs[slot].shape[0]
     return None
+
+
+def _alpha(module: ParsedModule) -> str:
+    if module.rule == "scale" or not {"lokr_w1", "lokr_w2"} <= module.refs.keys():
+        return "rank" if module.alpha is None else f"{module.alpha:g}"
+    return "ignored"
 
 
 def _details(module: ParsedModule) -> dict[str, Any]:

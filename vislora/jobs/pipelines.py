@@ -19,15 +19,22 @@ from vislora.models.base import components_of
 
 
 def load(
-    pipeline: Any, path: str | Path, strength: float = 1.0, name: str | None = None, *, allow_partial: bool = False
+    pipeline: Any,
+    path: str | Path,
+    strength: float = 1.0,
+    name: str | None = None,
+    *,
+    allow_partial: bool = False,
+    allow_pickle: bool = False,
 ) -> list[str]:
     """Put the adapter file at `path` on `pipeline` (a diffusers pipeline, or any module) and return what did not fit.
 
     `strength` multiplies the trained effect. `name` is what `set_strengths` and `eject` call it; default: the file's
-    stem. The returned list is empty unless `allow_partial`. On any error the pipeline is as it was.
+    stem. The returned list is empty unless `allow_partial`. `allow_pickle` is that of `formats.load`. On any error the
+    pipeline is as it was.
     Raises `AdapterFileError`, `AdapterMismatchError`, or `ConfigError` for a name in use.
     """
-    return attach(pipeline, formats.load(path), name or Path(path).stem, strength, allow_partial)
+    return attach(pipeline, formats.load(path, allow_pickle), name or Path(path).stem, strength, allow_partial)
 
 
 def attach(
@@ -121,6 +128,8 @@ def _by_component(
 
 
 def _file_module(module: AdapterModule) -> FileModule:
+    if module.uncut:
+        raise AdapterFileError(f"'{module.name}' is of a layer that the model has in parts: {module.uncut}")
     algorithm = module.algorithm  # raises for a kind that cannot be run
     return FileModule(module.path or module.raw_name, algorithm.name, module.tensors, module.scale)
 

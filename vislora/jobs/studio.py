@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from vislora import formats
+from vislora.files import reserving
 from vislora.inject.injection import merge, unmerge
 from vislora.jobs.devices import DTYPES, pick_device, pick_precision
-from vislora.jobs.pipelines import load, set_strengths
+from vislora.jobs.pipelines import attach, set_strengths
 from vislora.jobs.recipes import Recipe, adapter_hash, adapter_rows, base_hash, save_png, threads, versions
 from vislora.models.base import EMBEDDED, Family, load_family
 from vislora.models.sampling import Sampling, Shot, make_images
@@ -59,9 +61,11 @@ class Studio:
     hashes: dict[str, str] = field(default_factory=dict)
     stack: dict[str, float] = field(default_factory=dict)
 
-    def load(self, name: str, path: Path, allow_partial: bool = False) -> Iterator[Note]:
-        """Load an adapter at strength 0; yields a note for every module that does not fit."""
-        misfits = load(self.family.pipeline, path, 0.0, name, allow_partial=allow_partial)
+    def load(self, name: str, path: Path, allow_partial: bool = False, allow_pickle: bool = False) -> Iterator[Note]:
+        """Load an adapter at strength 0; yields what was odd in its file, and a note for every module without a fit."""
+        adapter_file = formats.load(path, allow_pickle)
+        yield from (Note(f"adapter '{name}': {line}") for line in adapter_file.notes)
+        misfits = attach(self.family.pipeline, adapter_file, name, 0.0, allow_partial)
         self.paths[name], self.hashes[name] = path, adapter_hash(path)
         for line in misfits:
             yield Note(f"adapter '{name}': not applied: {line}", "warning")
@@ -127,11 +131,21 @@ def make(
         for start in range(0, len(same), batch_size):
             batch = same[start : start + batch_size]
             for image, recipe in studio.shoot([job.shot for job in batch], batch[0].strengths, how):
-                path = output / f"{next(numbers):05d}-{recipe.shot.seed}.png"
-                save_png(image, path, recipe)
-                yield Picture(path, recipe)
+                yield save_numbered(image, output, numbers, recipe)
             done += len(batch)
             yield Progress("generating", done, len(jobs))
+
+
+def save_numbered(image: Image.Image, folder: Path, numbers: Iterator[int], recipe: Recipe) -> Picture:
+    """Write a PNG under the first of `numbers` that is free, such as 00007-42.png for seed 42.
+
+    Several processes may write into one folder at once: no two get one number.
+    """
+    places = (folder / f"{number:05d}" for number in numbers)
+    with reserving(places, taken=lambda place: any(folder.glob(f"{place.name}-*.png"))) as place:
+        path = place.with_name(f"{place.name}-{recipe.shot.seed}.png")
+        save_png(image, path, recipe)
+    return Picture(path, recipe)
 
 
 def free_numbers(folder: Path) -> Iterator[int]:

@@ -86,7 +86,10 @@ def train(**settings: Any) -> TrainedAdapter:
 
 
 def run(config: TrainConfig) -> Iterator[Record]:
-    """Train as `config` says; yields notes and progress, then the adapter. The base is as before when it ends."""
+    """Train as `config` says; yields notes and progress, then the adapter.
+
+    However it ends, the base is as before.
+    """
     started = time.time()
     folder, state = open_folder(config)
     with _accelerated(config, folder) as accelerator:
@@ -98,17 +101,17 @@ def run(config: TrainConfig) -> Iterator[Record]:
         about = Trained(
             family, base_hash(Path(config.base) if config.base else EMBEDDED), data.examples, data.buckets, started
         )
-        adapters = _inject(config, family)
-        _require_writable(adapters, plan, family)
-        for line in summary(family.components, adapters):
-            yield Note(line)
-        job = _assemble(plan, folder, family, data, adapters, accelerator, about)
-        if state is not None:
-            _restore(job, state)
-            yield Note(f"going on from step {job.step} of {plan.steps}")
-        elif config.resume:
-            yield Note(f"{folder.root} holds no checkpoint yet: starting at step 0")
-        yield from _loop(job)
+        with _injected(config, family) as adapters:
+            _require_writable(adapters, plan, family)
+            for line in summary(family.components, adapters):
+                yield Note(line)
+            job = _assemble(plan, folder, family, data, adapters, accelerator, about)
+            if state is not None:
+                _restore(job, state)
+                yield Note(f"going on from step {job.step} of {plan.steps}")
+            elif config.resume:
+                yield Note(f"{folder.root} holds no checkpoint yet: starting at step 0")
+            yield from _loop(job)
 
 
 def _loop(job: Run) -> Generator[Record, None, None]:
@@ -117,7 +120,8 @@ def _loop(job: Run) -> Generator[Record, None, None]:
     if job.accelerator.is_main_process:
         begin(job.config, job.folder, job.step)
     if loop.tensorboard:
-        job.accelerator.init_trackers("tensorboard")
+        # the steps after the checkpoint are done again: TensorBoard hides what an earlier run wrote of them
+        job.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": job.step + 1}})
     if sample.every and job.step == 0:
         yield from _preview(job)
     began, first = time.perf_counter(), job.step
@@ -199,8 +203,26 @@ def _require_tensorboard() -> None:
         raise missing_extra("tensorboard", "tensorboard", "loop.tensorboard") from None
 
 
-def _inject(config: TrainConfig, family: Family) -> dict[str, AdapterSet]:
-    """Put fresh adapters on the denoiser and, when asked for, on every text encoder; freeze all the rest."""
+@contextmanager
+def _injected(config: TrainConfig, family: Family) -> Iterator[dict[str, AdapterSet]]:
+    """Give fresh adapters on the denoiser and, when asked for, on every text encoder, with all the rest frozen.
+
+    They are taken off at the end, and when one of the components could not have its adapter.
+    """
+    options = _fresh_options(config)
+    chosen = _chosen(config, family)
+    adapters: dict[str, AdapterSet] = {}
+    try:
+        for name, layers in chosen.items():
+            adapters[name] = inject_fresh(family.components[name], FRESH, layers, options)
+        yield adapters
+    finally:
+        for name in adapters:
+            eject(family.components[name], FRESH)
+
+
+def _chosen(config: TrainConfig, family: Family) -> dict[str, dict[str, Target]]:
+    """Return component -> path -> target of every layer that is trained."""
     adapter = config.adapter
     default = Target("", adapter.rank, adapter.alpha, adapter.algorithm)
     targets = [
@@ -212,18 +234,22 @@ def _inject(config: TrainConfig, family: Family) -> dict[str, AdapterSet]:
         )
         for item in adapter.targets
     ]
-    options = FreshOptions(
+    chosen = {"denoiser": select(family.components["denoiser"], targets, adapter.preset, default)}
+    for component, module in family.components.items():
+        if adapter.text_encoders and component != "denoiser":
+            chosen[component] = select(module, [], "attention-ff", default)
+    return chosen
+
+
+def _fresh_options(config: TrainConfig) -> FreshOptions:
+    adapter = config.adapter
+    return FreshOptions(
         tucker=adapter.tucker,
         init=adapter.init,
         rule="alpha/sqrt(r)" if adapter.rank_stabilized else "alpha/r",
         dropout=Dropout(adapter.dropout, adapter.rank_dropout, adapter.module_dropout),
         seed=config.seed,
     )
-    chosen = {"denoiser": select(family.components["denoiser"], targets, adapter.preset, default)}
-    for component, module in family.components.items():
-        if adapter.text_encoders and component != "denoiser":
-            chosen[component] = select(module, [], "attention-ff", default)
-    return {name: inject_fresh(family.components[name], FRESH, layers, options) for name, layers in chosen.items()}
 
 
 def _require_writable(adapters: dict[str, AdapterSet], plan: Plan, family: Family) -> None:
@@ -294,13 +320,11 @@ def _preview(job: Run) -> Iterator[Note]:
 
 
 def _finish(job: Run) -> Generator[Record, None, None]:
-    """Save the adapter and take it off the base."""
+    """Save the adapter."""
     config, finished = job.config, job.step >= job.plan.steps
     path = job.folder.adapter(config.format, None if finished else job.step)
     if job.accelerator.is_main_process:
         formats.save(adapter_file(job.adapters, job.plan, job.about, job.folder.name, job.step), path, config.format)
-    for component in job.adapters:
-        eject(job.family.components[component], FRESH)
     text = f"adapter: {path}"
     if not finished:
         text = f"stopped at step {job.step} of {job.plan.steps}; go on with --resume\n{text}"

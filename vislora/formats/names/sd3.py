@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vislora.formats.names.table import FamilyNames, NameTable, Row
+from vislora.formats.names.table import FamilyNames, NameTable, Row, Share, Sign
 from vislora.formats.names.text import CLIP, T5
 
 _BLOCK = "transformer_blocks.{}"
@@ -54,7 +54,7 @@ def transformer_rows() -> Iterator[Row]:
     yield Row("norm_out.linear", "final_layer.adaLN_modulation.1", swap="always")
     yield Row(f"{_BLOCK}.norm1_context.linear", f"{_TEXT}.adaLN_modulation.1", swap="two rows per input")
     for stored, members in _FUSED:
-        yield from (Row(f"{_BLOCK}.{name}", stored, (index, 3)) for index, name in enumerate(members))
+        yield from (Row(f"{_BLOCK}.{name}", stored, Share(index)) for index, name in enumerate(members))
 
 
 SD3 = FamilyNames(
@@ -72,4 +72,10 @@ SD3 = FamilyNames(
         "te:clip_g": "text_encoder_2",
         "te:t5": "text_encoder_3",
     },
+    signs=(
+        Sign(r"transformer_blocks\.\d+\..*", (1536, 2432, 6144, 9728)),
+        Sign(r"transformer_blocks\.\d+\.attn2\..*"),
+    ),
+    versions=("sd3_medium", "sd3", "stable-diffusion-3"),
+    network_module="networks.lora_sd3",
 )

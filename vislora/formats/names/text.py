@@ -19,6 +19,19 @@ CLIP = NameTable(
     )
 )
 
+# a causal language model as text encoder (Qwen, Gemma, Llama, Mistral), with and without its `model.` in front
+_LLM_LAYER = "layers.{}"
+LLM = NameTable(
+    Row(f"model.{path}", stored)
+    for path, stored in (
+        *((f"{_LLM_LAYER}.self_attn.{name}",) * 2 for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
+        *((f"{_LLM_LAYER}.mlp.{name}",) * 2 for name in ("gate_proj", "up_proj", "down_proj")),
+        *((f"{_LLM_LAYER}.{name}",) * 2 for name in ("input_layernorm", "post_attention_layernorm")),
+        ("embed_tokens", "embed_tokens"),
+        ("norm", "norm"),
+    )
+)
+
 T5 = NameTable(
     Row(path)
     for path in (

@@ -1,0 +1,1 @@
+"""Measurements, and what tests share with them."""

@@ -1,0 +1,203 @@
+"""Turn an adapter into plain LoRA, which every format can hold: exactly where the algebra allows, else of a rank.
+
+    loha            rank r1 r2, exact          lokr                    rank r1 r2, exact
+    Tucker LoRA     same rank, exact           full, LoRA and a rest   only of a rank or an energy share
+
+A magnitude (DoRA) and a bias stay on top as they are. Exact means: up to the rounding of the slots to float32; with
+slots in half precision there is none, for their products fit float32.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vislora.algebra.low_rank import (
+    Product,
+    loha_product,
+    lokr_product,
+    nearest_product,
+    nearest_to_product,
+    within_sides,
+)
+from vislora.formats.adapter_file import AdapterFile, AdapterModule, taken
+from vislora.formats.cutting import Whole, part_fields
+from vislora.formats.names import FAMILY_NAMES
+from vislora.formats.parsed import inputs_of
+from vislora.formats.peft_config import METADATA_KEY
+from vislora.formats.rows import NotByRowsError
+from vislora.formats.tucker import tucker_product
+from vislora.formats.writing import family_for_writing
+
+PLAIN = frozenset({"down", "up"})
+EMBEDDING = frozenset({"embedding_down", "embedding_up"})
+# sd-scripts' keys of what the modules are
+NETWORK = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
+EXACT = {"loha": loha_product, "lokr": lokr_product}
+# kernels of the denoisers' convs by the end of their paths: LoHa and LoKr store matrices, which do not tell
+KERNELS = (
+    (re.compile(r"(.*\.)?(conv1|conv2|conv_in|conv_out|(down|up)samplers\.0\.conv)"), (3, 3)),
+    (re.compile(r".*\.conv_shortcut"), (1, 1)),
+    (re.compile(r"pos_embed\.proj"), (2, 2)),
+)
+# a conv in the UNet of SD 1, whose text features are 768 wide, a linear layer in all others
+PROJECTION = re.compile(r".*\.proj_(in|out)")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How one module became LoRA. kind, rank: before, after. error: |made - meant| / |meant|, Frobenius norms.
+
+    reduced: it is the nearest of a rank, not the same change.
+    """
+
+    name: str
+    kind: str
+    rank: int
+    error: float
+    reduced: bool
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A module that stays as it is. `reason`: why it is no plain LoRA."""
+
+    name: str
+    reason: str
+
+
+def to_lora(
+    adapter: AdapterFile, rank: int | None = None, energy: float | None = None
+) -> tuple[AdapterFile, list[Conversion | Kept]]:
+    """Return `adapter` with plain LoRA modules wherever that can be, and what became of every other module.
+
+    rank, energy: the nearest LoRA of at most this rank, or that holds this share of the change's squared norm, of what
+    has a larger rank or none. Plain LoRA modules stay as they are. A fused layer that had to stay whole is cut.
+    """
+    family = family_for_writing(adapter)
+    modules: list[AdapterModule] = []
+    told: list[Conversion | Kept] = []
+    first = _is_sd1(adapter.modules)
+    for module in adapter.modules:
+        reason = _why_kept(module, rank is not None or energy is not None)
+        if reason is None:
+            made, conversion = _converted(module, rank, energy, first)
+            told.append(conversion)
+        else:
+            made = module
+            told += [Kept(module.name, reason)] if reason else []
+        modules += _parts(made, family) if made.uncut else [made]
+    metadata = _metadata(adapter.metadata, modules) if any(isinstance(item, Conversion) for item in told) else None
+    return replace(adapter, modules=modules, family=family, metadata=metadata or adapter.metadata), told
+
+
+def _metadata(metadata: Mapping[str, str], modules: list[AdapterModule]) -> dict[str, str]:
+    """Return the metadata without what it says of the former kinds: a writer says afresh what is missing."""
+    kept = {key: value for key, value in metadata.items() if key != METADATA_KEY}
+    if NETWORK[0] not in kept or any(frozenset(module.tensors) != PLAIN for module in modules):
+        return kept
+    ranks, alphas = {module.rank for module in modules}, {module.alpha for module in modules}
+    sizes = [str(found.pop()) if len(found) == 1 else "Dynamic" for found in (ranks, alphas)]
+    return {**kept, **dict(zip(NETWORK, ["networks.lora", *sizes, "{}"], strict=True))}
+
+
+def _why_kept(module: AdapterModule, any_rank: bool) -> str | None:
+    """Return why a module stays as it is, '' when it is plain LoRA already, None when it is to be converted."""
+    slots = frozenset(module.tensors)
+    if module.unsupported:
+        return f"not supported yet: {module.unsupported}"
+    if slots in (PLAIN, EMBEDDING):
+        return ""
+    if module.algo in EXACT or slots == PLAIN | {"mid"}:
+        return None
+    matrix = module.algo == "lora" or ("diff" in slots and module.tensors["diff"].dim() > 1)
+    if not matrix:
+        return f"a module of kind {module.algo} is no matrix of a rank"
+    return None if any_rank else f"a module of kind {module.algo} is a full matrix: name a rank, or a share of energy"
+
+
+def _converted(
+    module: AdapterModule, rank: int | None, energy: float | None, is_sd1: bool
+) -> tuple[AdapterModule, Conversion]:
+    slots = {slot: tensor.to(torch.float64) for slot, tensor in module.tensors.items()}
+    product = _product(module, slots)
+    full = module.direction()
+    matrix = full.flatten(1)
+    kernel = tuple(full.shape[2:]) or _kernel(module, matrix.shape[1], is_sd1)
+    if product is None:
+        up, down = nearest_product(matrix, rank, energy)
+        scale = 1.0
+    else:
+        up, down = product[0], product[1].flatten(1)
+        scale = module.scale
+    reduced = product is None or energy is not None or (rank is not None and up.shape[1] > rank)
+    if product is not None and reduced:
+        up, down = nearest_to_product(up, down, rank, energy)
+    tensors = _stored(up, down, list(module.tensors.values()))
+    meant = float(torch.linalg.vector_norm(matrix))
+    made = scale * (tensors["up"].to(torch.float64) @ tensors["down"].to(torch.float64))
+    apart = float(torch.linalg.vector_norm(made - matrix))
+    tensors = _with_kernel(tensors, matrix.shape[1], kernel)
+    found = up.shape[1]
+    lora = replace(module, algo="lora", tensors=tensors, alpha=scale * found, rule="alpha/r", notes=list(module.notes))
+    return lora, Conversion(module.name, module.algo, found, apart / meant if meant else apart, reduced)
+
+
+def _product(module: AdapterModule, slots: dict[str, Tensor]) -> Product | None:
+    if module.algo in EXACT:
+        return within_sides(*EXACT[module.algo](slots))
+    return tucker_product(slots) if slots.keys() == PLAIN | {"mid"} else None
+
+
+def _stored(up: Tensor, down: Tensor, sources: list[Tensor]) -> dict[str, Tensor]:
+    """Return the slots in the sources' dtype if that is exact, else in float32."""
+    dtype = sources[0].dtype
+    for tensor in sources[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    exact = all(torch.equal(item.to(dtype).to(torch.float64), item) for item in (up, down))
+    kept = dtype if exact else torch.float32
+    return {"down": down.to(kept), "up": up.to(kept)}
+
+
+def _is_sd1(modules: list[AdapterModule]) -> bool:
+    """Say whether some cross attention of a UNet sees text features of SD 1's width."""
+    keys = (module for module in modules if (module.path or "").endswith("attn2.to_k"))
+    return any(inputs_of(module.tensors) == 768 for module in keys)
+
+
+def _kernel(module: AdapterModule, columns: int, is_sd1: bool) -> tuple[int, ...]:
+    """Return the kernel of a layer whose slots are matrices, from its name; () for a linear layer."""
+    path = module.path or "" if module.component == "denoiser" else ""
+    if is_sd1 and PROJECTION.fullmatch(path):
+        return 1, 1
+    sizes = next((sizes for pattern, sizes in KERNELS if pattern.fullmatch(path)), ())
+    return sizes if columns % math.prod(sizes) == 0 else ()
+
+
+def _with_kernel(tensors: dict[str, Tensor], columns: int, kernel: tuple[int, ...]) -> dict[str, Tensor]:
+    if not kernel:
+        return tensors
+    up, down = tensors["up"], tensors["down"]
+    inputs = columns // math.prod(kernel)
+    shape = (down.shape[0], inputs, *kernel)
+    return {"down": down.reshape(shape), "up": up.reshape(*up.shape, *[1] * len(kernel))}
+
+
+def _parts(module: AdapterModule, family: str | None) -> Iterator[AdapterModule]:
+    """Yield the parts of a fused layer that was whole, now that its change is of a kind that can be cut."""
+    names = FAMILY_NAMES.get(family or "")
+    table = names.tables.get(module.component) if names else None
+    leads = table.find_dotted(module.group or "") if table else []
+    whole = Whole(module.algo, module.tensors, module.magnitude, module.magnitude_axis, module.bias)
+    try:
+        fields = [part_fields(whole, lead, module.raw_name, taken) for lead in leads]
+    except NotByRowsError as problem:
+        fields, module = [], replace(module, uncut=str(problem))
+    yield from (replace(module, uncut="", tensors=item.pop("slots"), **item) for item in fields)
+    if not fields:
+        yield module
