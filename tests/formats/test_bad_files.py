@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save, save_file
 from tests.formats.format_helpers import sd_adapter
 from vislora import formats
 from vislora.errors import AdapterFileError, VisloraError
-from vislora.formats.reading import stream
+from vislora.formats.reading import streamed
 from vislora.formats.tensor_file import write_tensors
 
 NAME = "lora_unet_conv_in"
@@ -241,8 +241,7 @@ def test_a_disk_that_fills_while_it_is_written_is_told(tmp_path):
 
 def test_a_file_that_shrinks_while_it_is_read_is_told(tmp_path):
     formats.save(sd_adapter(), tmp_path / "a.safetensors", "kohya")
-    pieces = stream(tmp_path / "a.safetensors")
-    next(pieces)
-    os.truncate(tmp_path / "a.safetensors", 2000)
-    with pytest.raises(AdapterFileError, match="cannot be read: the file became shorter"):
-        list(pieces)
+    with streamed(tmp_path / "a.safetensors") as (_, modules):
+        os.truncate(tmp_path / "a.safetensors", 2000)
+        with pytest.raises(AdapterFileError, match="cannot be read: the file became shorter"):
+            list(modules)

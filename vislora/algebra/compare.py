@@ -83,12 +83,12 @@ def compare(a: AdapterFile, b: AdapterFile, base: Bases | None = None) -> Compar
     first, second = _by_layer(a), _by_layer(b)
     for key, module in first.items():
         if key in second:
-            result.modules.append(_difference(module, second[key], (base or {}).get(key)))
-        elif _acts(module):
+            result.modules.append(difference(module, second[key], (base or {}).get(key)))
+        elif acts(module):
             result.missing.append(module.name)
         else:
             result.modules.append(Difference(module.name, 0.0, 0.0))
-    result.extra = [module.name for key, module in second.items() if key not in first and _acts(module)]
+    result.extra = [module.name for key, module in second.items() if key not in first and acts(module)]
     _compare_embeddings(a, b, result)
     return result
 
@@ -114,7 +114,7 @@ def _keyed(adapter_file: AdapterFile) -> Iterator[tuple[tuple[str, str], Adapter
         yield (module.component, module.layer), module
 
 
-def _acts(module: AdapterModule) -> bool:
+def acts(module: AdapterModule) -> bool:
     """Say whether a module does anything; of a kind that depends on the base weight, whether any number is not zero."""
     if module.magnitude is not None or (module.bias is not None and bool(module.bias.any())):
         return True
@@ -149,7 +149,8 @@ def _equal_parts(first: AdapterModule, second: AdapterModule) -> bool:
     return all(same_bits(a, b) for a, b in pairs + _biases(first, second))
 
 
-def _difference(first: AdapterModule, second: AdapterModule, base: Tensor | None) -> Difference:
+def difference(first: AdapterModule, second: AdapterModule, base: Tensor | None = None) -> Difference:
+    """Compare two modules for one layer as `compare` does; `base`: the layer's weight."""
     if _equal_parts(first, second):
         return Difference(first.name, 0.0, 0.0)
     problem = "" if base is not None else _incomparable(first, second)

@@ -55,19 +55,23 @@ def _type_faults(module: ParsedModule) -> list[str]:
 
 def _shape_faults(module: ParsedModule) -> list[str]:
     shapes = {slot: ref.shape for slot, ref in module.refs.items()}
-    shown = ", ".join(f"{slot} {list(shape)}" for slot, shape in shapes.items())
+    fault = _shape_fault(module, shapes)
+    return [f"{fault}: {', '.join(f'{slot} {list(shape)}' for slot, shape in shapes.items())}"] if fault else []
+
+
+def _shape_fault(module: ParsedModule, shapes: Shapes) -> str:
     if any(0 in shape for slot, shape in shapes.items() if not slot.startswith("bias_")):
-        return [f"a tensor is empty: {shown}"]
+        return "a tensor is empty"
     fault = _SHAPE_FAULTS[module.algo](shapes) if shapes else ""
     if fault:
-        return [f"{fault}: {shown}"]
+        return fault
     out, fan_in = _SIDES[module.algo](shapes) if module.algo in _SIDES and shapes else (0, 0)
     wanted = out if module.magnitude_axis == "out" else fan_in
     if module.magnitude is not None and wanted and math.prod(module.magnitude.shape) != wanted:
-        return [f"its magnitude {list(module.magnitude.shape)} does not fit: {shown}"]
+        return f"its magnitude {list(module.magnitude.shape)} does not fit"
     if module.bias is not None and out and module.bias.shape != (out,):
-        return [f"its bias {list(module.bias.shape)} does not fit: {shown}"]
-    return []
+        return f"its bias {list(module.bias.shape)} does not fit"
+    return ""
 
 
 def _loha_sides(shapes: Shapes) -> tuple[int, int]:

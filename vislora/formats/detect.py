@@ -6,7 +6,7 @@ lora_unet_...lora_down.weight -> kohya      unet.<path>.lora_A.weight -> diffuse
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,11 +109,15 @@ def _about_extras(keys: Collection[str]) -> list[str]:
     return [f"{len(found)} tensors {what} and are not used (first: {found[0]})" for found, what in told if found]
 
 
-def _formats_of(part: Part, keys: Collection[str]) -> list[Format]:
-    formats: list[Format] = [FORMATS[name] for name in FORMATS]
-    if part.config is not None:  # a folder with adapter_config.json is PEFT's whatever the keys are
-        return [item for item in formats if item.container == "folder"]
-    return [item for item in formats if item.matches(keys, part.header.metadata)]
+def _formats_of(part: Part, left: Collection[str]) -> Iterator[Format]:
+    """Yield the formats that claim any of the keys that are left when their turn comes."""
+    for name in FORMATS:
+        form: Format = FORMATS[name]
+        if part.config is not None:  # a folder with adapter_config.json is PEFT's whatever the keys are
+            if form.container == "folder":
+                yield form
+        elif form.matches(left, part.header.metadata):
+            yield form
 
 
 def _parsed(form: Format, part: Part, keys: list[str]) -> list[ParsedModule]:

@@ -23,6 +23,7 @@ _SLOT = r"\.(?P<slot>down\.weight|up\.weight|alpha)"
 _FOLDER = rf"(?:(?P<folder>{'|'.join(FOLDERS)})\.)?"
 _OLD = re.compile(rf"(?P<name>{_FOLDER}(?P<owner>.+?)(?:\.processor)?\.(?P<layer>\w+)_lora){_SLOT}")
 _MID = re.compile(rf"(?P<name>{_FOLDER}(?P<path>.+)\.(?:lora|lora_linear_layer)){_SLOT}")
+_ENDS = (".down.weight", ".up.weight", ".alpha")  # a quick no to all other keys
 _SLOTS = {"down.weight": "down", "up.weight": "up", "alpha": "alpha"}
 _UNET_LAYERS = {
     "to_q": "to_q",
@@ -51,7 +52,7 @@ def _mid_path(found: re.Match[str]) -> str | None:
 
 def _claims(pattern: re.Pattern[str], path_of: Names, key: str) -> bool:
     """Say whether `key` has this form; without a component in front its path must be one that a table knows."""
-    found = pattern.fullmatch(key)
+    found = pattern.fullmatch(key) if key.endswith(_ENDS) else None
     path = path_of(found) if found else None
     if found is None or path is None:
         return False

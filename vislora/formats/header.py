@@ -123,7 +123,7 @@ def read_scalar(path: Path, key: str, info: TensorInfo) -> float:
     """Decode a tensor of one element, such as an alpha. Raises `AdapterFileError` when it is not one number."""
     if info.count != 1 or info.dtype not in (*SCALARS, *HALVES, "F8_E4M3"):
         raise AdapterFileError(f"{path}: '{key}' should be one number, it is {info.dtype} of shape {list(info.shape)}")
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=0) as file:  # a file has thousands of alphas: each would get a buffer
         file.seek(info.start)
         data = file.read(info.end - info.start)
     if info.dtype == "F8_E4M3":
@@ -190,6 +190,8 @@ def _metadata(path: Path, value: Any) -> dict[str, str]:
 
 def _check_text(path: Path, name: str) -> None:
     """JSON can hold halves of characters, which no file can: they could be read, and never be written again."""
+    if name.isascii():
+        return
     try:
         name.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -215,7 +217,9 @@ def _tensor(path: Path, key: str, entry: Any, data_start: int) -> TensorInfo:
 
 
 def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+    if not isinstance(value, list) or not set(map(type, value)) <= {int}:  # True is an int to `isinstance`
+        return False
+    return not value or (min(value) >= 0 and max(value) < 2**63)
 
 
 def _check_layout(path: Path, tensors: dict[str, TensorInfo], data_start: int, size: int) -> None:

@@ -53,8 +53,9 @@ def load(path: str | Path, allow_pickle: bool = False) -> AdapterFile:
         return replace(frame, modules=modules, notes=[*frame.notes, *split_notes(modules)])
 
 
-def stream(path: str | Path) -> Iterator[AdapterFile]:
-    """Read an adapter in pieces, so that one module at a time is in memory: first all but the modules, then each.
+@contextmanager
+def streamed(path: str | Path) -> Iterator[tuple[AdapterFile, Iterator[AdapterModule]]]:
+    """Open an adapter to read it in pieces, one module at a time in memory: all but the modules, and each of them.
 
     Raises `AdapterFileError` as `load` does, but two modules for one layer are both given, and their numbers are not
     looked at: this is for comparing an adapter with another.
@@ -63,10 +64,13 @@ def stream(path: str | Path) -> Iterator[AdapterFile]:
     with ExitStack() as stack:
         reader = _Reader(copied, stack)
         frame = _frame(parsed, reader)
-        yield frame
-        for item in parsed.modules:
-            reader.forget()
-            yield replace(frame, modules=[_module(item, reader)], embeddings={}, extras={})
+        yield frame, _one_by_one(parsed, reader)
+
+
+def _one_by_one(parsed: ParsedFile, reader: _Reader) -> Iterator[AdapterModule]:
+    for item in parsed.modules:
+        reader.forget()
+        yield _module(item, reader)
 
 
 def _sound(path: str | Path, allow_pickle: bool = False) -> ParsedFile:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from functools import lru_cache
 
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 _LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
@@ -113,17 +114,25 @@ _PLAIN = (
 )
 _MORE = (*_SPARSE, "set_weight", "reshape_weight")
 _NAMED = {**_SUFFIX_OF_SLOT, **{slot: (slot,) for slot in (*_PLAIN, *_MORE)}}
-_KEY = re.compile(
-    r"(?P<name>.+?)\.(?:" + "|".join(f"(?P<{slot}>{'|'.join(ends)})" for slot, ends in _NAMED.items()) + r")"
-)
+_END = re.compile("|".join(f"(?P<{slot}>{'|'.join(ends)})" for slot, ends in _NAMED.items()))
+_MOST_PARTS = 3  # of an end: lora_magnitude_vector.default.weight
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """Return the module's name and the slot of `key`, or None when its end is no known slot."""
-    found = _KEY.fullmatch(key)
-    if found is None or found.lastgroup is None:
-        return None
-    return found["name"], found.lastgroup
+    """Return the module's name and the slot of `key`, or None when its end is no known slot; the longest end counts."""
+    for count in range(_MOST_PARTS, 0, -1):
+        name, *parts = key.rsplit(".", count)
+        slot = _slot(".".join(parts)) if name and len(parts) == count else None
+        if slot:
+            return name, slot
+    return None
+
+
+@lru_cache(maxsize=4096)
+def _slot(end: str) -> str | None:
+    """Return the slot that this end of a key stands for. Models have few ends like `to_k.lora_A.weight`."""
+    found = _END.fullmatch(end)
+    return found.lastgroup if found else None
 
 
 def kind_of(slots: Collection[str]) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from pathlib import Path
 
-from vislora.algebra.compare import Comparison, compare
+from vislora.algebra.compare import Comparison, acts, compare, difference
 from vislora.errors import AdapterFileError
 from vislora.formats.adapter_file import AdapterFile, AdapterModule
-from vislora.formats.reading import stream, uncollected
+from vislora.formats.reading import streamed, uncollected
 
 
 @uncollected()
@@ -18,19 +18,18 @@ def prove(source: AdapterFile, path: Path) -> Comparison:
     if len(waiting) < len(source.modules):
         raise AdapterFileError("the adapter has two modules for one layer")
     found = Comparison()
-    pieces = stream(path)
-    frame = next(pieces)
-    for piece in pieces:
-        mine = [waiting.pop(_layer(module)) for module in piece.modules if _layer(module) in waiting]
-        _add(found, compare(replace(source, modules=mine, embeddings={}, extras={}), piece))
-    _add(found, compare(replace(source, modules=list(waiting.values())), frame))
+    with streamed(path) as (frame, modules):
+        for module in modules:
+            mine = waiting.pop(_layer(module), None)
+            if mine is not None:
+                found.modules.append(difference(mine, module))
+            elif acts(module):
+                found.extra.append(module.name)
+        rest = compare(replace(source, modules=list(waiting.values())), frame)
+    for item in fields(found):
+        getattr(found, item.name).extend(getattr(rest, item.name))
     return found
 
 
 def _layer(module: AdapterModule) -> tuple[str, str]:
     return module.component, module.layer
-
-
-def _add(whole: Comparison, part: Comparison) -> None:
-    for item in fields(whole):
-        getattr(whole, item.name).extend(getattr(part, item.name))

@@ -68,12 +68,13 @@ DENOISERS = ("denoiser", "denoiser_2")
 # flat prefixes of kohya's files (its OFT has one of its own), of LyCORIS' (`lycoris_`) and OneTrainer's
 FLAT_DENOISERS = ("lora_unet_", "oft_unet_", "lycoris_", "lora_transformer_")
 FLAT_TEXT = re.compile(r"(lora_te([123]?)_)")
+_FLAT = re.compile("|".join((FLAT_TEXT.pattern, *FLAT_DENOISERS)))
 
 
 def flat_prefix(raw_name: str) -> str | None:
     """Return the flat prefix that a name begins with, such as `lora_unet_`, or None."""
-    text = FLAT_TEXT.match(raw_name)
-    return text[1] if text else next((item for item in FLAT_DENOISERS if raw_name.startswith(item)), None)
+    found = _FLAT.match(raw_name)
+    return found[0] if found else None
 
 
 def find_text(raw_name: str) -> tuple[str, list[Found]] | None:
