@@ -1,9 +1,9 @@
 """Who reads which adapter file right? Files in the wild, of known effect, given to diffusers and to vislora.
 
 A module is right when its change of the weight, applied to a random vector, is the true one to 1e-4. The last column
-converts the file with vislora to diffusers' format and lets diffusers read that.
+converts the file with vislora to diffusers' format (`--as lora`) and lets diffusers read that.
 
-Run: python benchmarks/scoreboard.py [PART OF A CASE'S NAME]      (about two minutes; no network, no base weights)
+Run: python benchmarks/scoreboard.py [PART OF A CASE'S NAME]      (about a minute; no network, no base weights)
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ from wild_files import CASES, Effect, WildFile
 
 import vislora
 from vislora import formats
-from vislora.errors import VisloraError
 
 Probe = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 Layers = dict[tuple[str, str], Probe]
+
+
+class Refused(Exception):
+    """The file holds something that diffusers' format cannot hold; nothing was written."""
 
 
 @dataclass
@@ -206,10 +209,10 @@ PIPELINES = {"sd": stable_diffusion, "sdxl": stable_diffusion_xl, "sd3": stable_
 
 
 def converted(path: Path) -> Path:
-    """Convert a file to diffusers' format; a loss is an error."""
-    report = vislora.convert(path, path.with_name("converted.safetensors"), "diffusers", overwrite=True)
+    """Convert a file to diffusers' format, which holds plain LoRA alone; a loss is an error."""
+    report = vislora.convert(path, path.with_name("converted.safetensors"), "diffusers", as_="lora", overwrite=True)
     if not report.ok:
-        raise VisloraError("; ".join(report.lost + report.problems))
+        raise Refused("; ".join(report.lost + report.problems))
     return report.destination
 
 

@@ -125,6 +125,24 @@ def test_diffusers_loads_our_kohya_files(pipeline, models, tmp_path):
     assert_same(adapter, "te:clip_l", peer_deltas(pipeline.text_encoder, "a"))
 
 
+def test_diffusers_loads_our_dora_for_every_component(pipeline, models, tmp_path):
+    """Its reader of text encoders (transformers') wants another spelling of the magnitude than that of the UNet."""
+    adapter = both(models)
+    for item in adapter.modules:
+        item.magnitude, item.magnitude_axis = torch.rand(item.shape[0]) + 0.5, "out"
+    formats.save(adapter, tmp_path / "a.safetensors", "diffusers")
+    pipeline.load_lora_weights(tmp_path / "a.safetensors", adapter_name="a")
+    expected = {(item.component, item.path.removeprefix("text_model.")): item.magnitude for item in adapter.modules}
+    found = {}
+    for component, model in (("denoiser", pipeline.unet), ("te:clip_l", pipeline.text_encoder)):
+        for path, layer in model.named_modules():
+            if isinstance(layer, BaseTunerLayer):
+                weight = layer.lora_magnitude_vector["a"].weight.detach()
+                found[component, path.removeprefix("text_model.")] = weight.flatten()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
 def test_files_that_diffusers_saves_are_read(pipeline, models, tmp_path):
     adapter = both(models)
     formats.save(adapter, tmp_path / "a.safetensors", "diffusers")

@@ -17,7 +17,7 @@ from vislora.formats.dotted import at_denoiser_or_as_named
 from vislora.formats.names import DENOISERS, FOLDERS, Place, canonical, component_of
 from vislora.formats.parsed import ParsedModule, Part, collect, module_of
 from vislora.formats.peft_config import METADATA_KEY, apply_config, prepared, read_metadata, write_metadata
-from vislora.formats.peft_writing import conflicts, entries, make_config
+from vislora.formats.peft_writing import MAGNITUDE, conflicts, entries, make_config
 from vislora.formats.slots import DIFFUSERS_SUFFIXES, split_key
 
 if TYPE_CHECKING:
@@ -66,11 +66,19 @@ def pack(modules: list[Stored], family: str | None, metadata: dict[str, str]) ->
     by_folder: dict[str, list[Stored]] = {}
     for module in modules:
         by_folder.setdefault(module.name.partition(".")[0], []).append(module)
-        tensors.update(entries(module, module.name))
+        tensors.update(_entries(module))
     base = read_metadata(metadata)
     paths = {module.name: module.name.partition(".")[2] for module in modules}
     configs = {folder: make_config(members, paths, base.get(folder, {})) for folder, members in by_folder.items()}
     return [Packed(tensors, {"format": "pt", **metadata, METADATA_KEY: write_metadata(configs)})]
+
+
+def _entries(module: Stored) -> dict[str, Tensor]:
+    """Return the tensors of `module`. transformers loads text encoders by their parameters' own names alone."""
+    found = entries(module, module.name)
+    if not module.component.startswith("te:"):
+        return found
+    return {f"{key}.weight" if key.endswith(MAGNITUDE) else key: tensor for key, tensor in found.items()}
 
 
 DIFFUSERS = Format(

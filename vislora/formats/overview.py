@@ -22,8 +22,10 @@ def overview() -> str:
 
 
 def families(form: Format) -> str:
-    """Return the model families whose layers a format can store: `any` when it takes every name."""
-    if not form.writable or form.place("denoiser", _NO_LAYER, None) is not None:
+    """Return the families whose layers a format can store: `any` when it takes every name, `-` when it is only read."""
+    if not form.writable:
+        return "-"
+    if form.place("denoiser", _NO_LAYER, None) is not None:
         return "any"
     known = [name for name, names in FAMILY_NAMES.items() if form.place("denoiser", names.an_example, name)]
     return ", ".join(known) or "none"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 DEFAULTS = {"task_type": None, "inference_mode": True}
 LORA_DEFAULTS = {"bias": "none", "lora_dropout": 0.0}
 TYPES = {"lora": "LORA", "loha": "LOHA", "lokr": "LOKR", "oft_peft": "OFT"}
+MAGNITUDE = "lora_magnitude_vector"
 # sizes of kernels that may be folded into the columns of a factor
 KERNELS = (1, 3, 4, 9, 16, 25, 27, 49)
 
@@ -34,7 +35,7 @@ def entries(module: Stored, name: str) -> dict[str, Tensor]:
     found = {f"{name}.{PEFT_SUFFIXES[slot]}": tensor for slot, tensor in module.tensors.items() if PEFT_SUFFIXES[slot]}
     if module.magnitude is not None:
         ones = module.tensors["up"].dim() - 2
-        found[f"{name}.lora_magnitude_vector"] = module.magnitude.reshape((1, -1, *[1] * ones) if ones else (-1,))
+        found[f"{name}.{MAGNITUDE}"] = module.magnitude.reshape((1, -1, *[1] * ones) if ones else (-1,))
     if module.bias is not None:
         found[f"{name}.{PEFT_SUFFIXES['bias']}"] = module.bias
     return found
