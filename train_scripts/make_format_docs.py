@@ -35,6 +35,8 @@ BLOCK = "mid_block.attentions.0.transformer_blocks.0"
 LINEAR, CONV, NORM = f"{BLOCK}.attn1.to_q", "mid_block.resnets.0.conv1", "mid_block.resnets.0.norm1"
 QKV, FUSED = "transformer_blocks.0.attn.to_", "lora_unet_joint_blocks_0_x_block_attn_qkv"
 NOT_WRITTEN = "not written"
+UNTRAINED = ("norm", "set")
+"""Algorithms that no layer gets afresh."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def others_list() -> str:
 
 def samples() -> Iterator[Sample]:
     """Yield every algorithm on a linear layer, a conv and a fused layer, and what can be on top of LoRA."""
-    for name in [item for item in ALGORITHMS if item != "norm"]:
+    for name in [item for item in ALGORITHMS if item not in UNTRAINED]:
         flat, conv, core = (fresh(name, *place) for place in ((LINEAR,), (CONV, (3, 3)), (CONV, (3, 3), True)))
         titles = {name: flat, f"{name} on a conv": conv, f"{name} on a conv, Tucker": core}
         same = core is None or conv is None or core.tensors.keys() == conv.tensors.keys()
@@ -146,6 +148,9 @@ def samples() -> Iterator[Sample]:
     weight, bias = torch.randn(OUT), torch.randn(OUT)
     yield alone(
         "norm", AdapterModule(component="denoiser", path=NORM, algo="norm", tensors={"w_norm": weight}, bias=bias)
+    )
+    yield alone(
+        "set", AdapterModule(component="denoiser", path=NORM, algo="set", tensors={"set_weight": weight}, bias=bias)
     )
     lora = fresh("lora", LINEAR)
     assert lora is not None
@@ -158,7 +163,7 @@ def samples() -> Iterator[Sample]:
     yield Sample(
         "lora of q, k and v, trained apart", AdapterFile(modules=[item for item in apart if item], family="sd3")
     )
-    for name in [item for item in ALGORITHMS if item not in ("norm", "oft_peft")]:
+    for name in [item for item in ALGORITHMS if item not in (*UNTRAINED, "oft_peft")]:
         yield from fused(name)
 
 

@@ -62,6 +62,7 @@ ALGORITHMS = Registry(
         "lokr": "vislora.algorithms.lokr:LOKR",
         "full": "vislora.algorithms.full:FULL",
         "norm": "vislora.algorithms.norm:NORM",
+        "set": "vislora.algorithms.replace:SET",
         "glora": "vislora.algorithms.glora:GLORA",
         "oft": "vislora.algorithms.oft:OFT",
         "boft": "vislora.algorithms.boft:BOFT",

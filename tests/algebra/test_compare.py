@@ -67,7 +67,7 @@ TURNING = [name for name in ALGORITHMS if ALGORITHMS[name].needs_base]
 
 
 def one(kind: str, seed: int = 0, **more) -> AdapterFile:
-    slots = drawn(LAYER, ALGORITHMS[kind], 2, seed=seed)
+    slots = drawn(LAYER, ALGORITHMS[kind], 2, seed=seed) if kind != "set" else {"set_weight": torch.eye(8, 6) + seed}
     return AdapterFile(modules=[AdapterModule(component="denoiser", path="a", algo=kind, tensors=slots, **more)])
 
 

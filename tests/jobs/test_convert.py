@@ -73,6 +73,7 @@ def test_what_cannot_be_kept_is_told_and_nothing_is_written(tmp_path):
 def test_kinds_that_a_format_cannot_hold_are_named(tmp_path):
     glora = {f"lora_unet_conv_out.{name}.weight": torch.ones(4, 4) for name in ("a1", "a2", "b1", "b2")}
     other = {"lora_unet_mid_block_resnets_0_conv1.set_weight": torch.ones(4, 4, 3, 3)}
+    unknown = {"lora_unet_mid_block_resnets_0_conv1.reshape_weight": torch.tensor([4, 8])}
     formats.save(sd_adapter(), tmp_path / "a.safetensors", "kohya")
     save_file({**load_file(tmp_path / "a.safetensors"), **glora}, tmp_path / "b.safetensors")
     report = convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "diffusers")
@@ -85,7 +86,12 @@ def test_kinds_that_a_format_cannot_hold_are_named(tmp_path):
     kept = {key: tensor for key, tensor in tensors.items() if "resnets_0_conv1" not in key}
     save_file({**kept, **other}, tmp_path / "d.safetensors")
     report = convert(tmp_path / "d.safetensors", tmp_path / "e.safetensors", "kohya")
-    assert report.lost == ["not supported yet: 1 modules of kind set (first: denoiser: mid_block.resnets.0.conv1)"]
+    where = "(first: denoiser: mid_block.resnets.0.conv1)"
+    assert report.lost == [f"1 modules with set_weight, for which kohya files have no slot {where}"]
+    assert convert(tmp_path / "d.safetensors", tmp_path / "e.safetensors", "comfy").ok
+    save_file({**kept, **unknown}, tmp_path / "f.safetensors")
+    report = convert(tmp_path / "f.safetensors", tmp_path / "g.safetensors", "kohya")
+    assert report.lost == [f"not supported yet: 1 modules of kind reshape {where}"]
 
 
 def test_a_mismatch_is_never_written(source, tmp_path, monkeypatch):

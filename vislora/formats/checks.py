@@ -181,6 +181,10 @@ def _full_fault(shapes: Shapes) -> str:
     return "" if shapes["diff"] else "a weight should have an axis"
 
 
+def _set_fault(shapes: Shapes) -> str:
+    return "" if shapes["set_weight"] else "a weight should have an axis"
+
+
 def _norm_fault(shapes: Shapes) -> str:
     return "" if len(shapes["w_norm"]) == 1 else "a norm's weight should have one axis"
 
@@ -191,6 +195,7 @@ _SHAPE_FAULTS: dict[str, Callable[[Shapes], str]] = {
     "lokr": _product_fault,
     "full": _full_fault,
     "norm": _norm_fault,
+    "set": _set_fault,
     "glora": _glora_fault,
     "oft": _oft_fault,
     "boft": _oft_fault,

@@ -43,6 +43,7 @@ SUFFIXES = {
     **{slot: end for slot, end in KOHYA_SUFFIXES.items() if slot not in _IA3},
     "down": PEFT_SUFFIXES["down"],
     "up": PEFT_SUFFIXES["up"],
+    "set_weight": "set_weight",
 }
 SPELLED_AS_KOHYA = ("flux",)
 

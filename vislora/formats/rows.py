@@ -109,6 +109,10 @@ def _norm(slots: Slots) -> list[Way]:
     return [{"w_norm": Along()}]
 
 
+def _set(slots: Slots) -> list[Way]:
+    return [{"set_weight": Along(neutral=None)}]
+
+
 def _loha(slots: Slots) -> list[Way]:
     axis = 1 if "hada_t1" in slots else 0
     return [{"hada_w1_a": Along(axis), "hada_w2_a": Along(axis)}]
@@ -168,6 +172,7 @@ _WAYS: dict[str, Callable[[Any], list[Way]]] = {
     "lora": _lora,
     "full": _full,
     "norm": _norm,
+    "set": _set,
     "loha": _loha,
     "lokr": _lokr,
     "glora": _glora,

@@ -62,12 +62,13 @@ KINDS: dict[str, tuple[str, ...]] = {
     "boft": ("boft_blocks", "rescale"),
     "oft_peft": ("oft_R",),
     "ia3": ("weight", "on_input"),
-    "set": ("set_weight", "reshape_weight"),
+    "set": ("set_weight",),
+    "reshape": ("reshape_weight",),
 }
 # kinds that have alpha for a slot of their own: there it is a constraint
 ALPHA_SLOT = frozenset({"oft", "boft"})
 # kinds to which no alpha and no scale belongs
-NO_SCALE = frozenset({"full", "norm", "ia3", "oft_peft", *ALPHA_SLOT})
+NO_SCALE = frozenset({"full", "norm", "set", "ia3", "oft_peft", *ALPHA_SLOT})
 _LORA = (frozenset({"down", "up"}), frozenset({"embedding_down", "embedding_up"}))
 # one of these sets must be complete; kinds that are not listed take any of their slots
 REQUIRED: dict[str, tuple[frozenset[str], ...]] = {

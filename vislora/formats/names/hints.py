@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 
-from vislora.formats.names import FAMILY_NAMES, choose
+from vislora.formats.names import FAMILY_NAMES, FamilyNames, choose
 
 OWN_KEY = "vislora.base"
 KEYS = ("ss_base_model_version", "modelspec.architecture")
@@ -20,11 +20,18 @@ def family_of(
     """Return the family with these paths (-> inputs) of a denoiser; what else is known decides where they do not tell.
 
     components: those of the adapter beside the denoiser. told: the families that the names in the file tell, where they
-    say more than the paths. Without layers of a denoiser the metadata decides; None when nothing does.
+    say more than the paths: original names are those of one family, where the paths of several are alike. Without
+    layers of a denoiser the metadata decides; None when nothing does.
     """
     said = family_in_metadata(metadata)
     hint = next(iter(told)) if len(told) == 1 else said
+    if len(told) == 1 and hint in FAMILY_NAMES and _knows_all(FAMILY_NAMES[hint], paths):
+        return hint
     return choose(paths, flat=False, hint=hint, components=components)[0]
+
+
+def _knows_all(names: FamilyNames, paths: Collection[str]) -> bool:
+    return bool(paths) and all(names.tables["denoiser"].find_dotted(path) for path in paths)
 
 
 def family_in_metadata(metadata: Mapping[str, str]) -> str | None:
