@@ -78,10 +78,8 @@ def formats_table() -> str:
     rows = []
     for name in FORMATS:
         form: Format = FORMATS[name]
-        known = families(form).split(", ")
-        many = known[0] if len(known) == 1 else f"{len(known)}, see below"
         also = ", ".join(f"`{alias}`" for alias in FORMATS.aliases_of(name)) or "-"
-        rows.append((f"`{name}`", also, "yes", "yes" if form.writable else "no", many, form.about))
+        rows.append((f"`{name}`", also, "yes", "yes" if form.writable else "no", families(form), form.about))
     return table(("format", "also called", "read", "written", "families", "what it is"), rows)
 
 

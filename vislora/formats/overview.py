@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from vislora.formats.contract import Format
 from vislora.formats.names import FAMILY_NAMES
 from vislora.registry import FORMATS
@@ -18,14 +20,15 @@ def overview() -> str:
         about = f"{form.about} (also: {', '.join(also)})" if also else form.about
         rows.append((name, "read, write" if form.writable else "read", families(form), about))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join("  ".join([*map(str.ljust, row[:3], widths), row[3]]).rstrip() for row in rows)
+    lines = ["  ".join([*map(str.ljust, row[:3], widths), row[3]]).rstrip() for row in rows]
+    return "\n".join([*lines, "", *textwrap.wrap(f"families: {', '.join(FAMILY_NAMES)}", 100)])
 
 
 def families(form: Format) -> str:
-    """Return the families whose layers a format can store: `any` when it takes every name, `-` when it is only read."""
+    """Return how many families' layers a format can store: `any` when it takes every name, `-` when it is only read."""
     if not form.writable:
         return "-"
     if form.place("denoiser", _NO_LAYER, None) is not None:
         return "any"
     known = [name for name, names in FAMILY_NAMES.items() if form.place("denoiser", names.an_example, name)]
-    return ", ".join(known) or "none"
+    return f"{len(known)}, see below"
