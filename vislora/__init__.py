@@ -14,6 +14,7 @@ _PUBLIC = {
     "load": "vislora.jobs.pipelines:load",
     "set_strengths": "vislora.jobs.pipelines:set_strengths",
     "eject": "vislora.jobs.pipelines:eject",
+    "Strength": "vislora.inject.strength:Strength",
     "train": "vislora.jobs.train:train",
     "generate": "vislora.jobs.generate:generate",
     "convert": "vislora.jobs.convert:convert",

@@ -15,6 +15,7 @@ from vislora.errors import AdapterMismatchError, ConfigError
 from vislora.inject.injection import FileModule, inject_modules, merge
 from vislora.inject.layer import state_of
 from vislora.inject.stack import existing_stack, stack_of
+from vislora.inject.strength import Strength
 
 SHAPED = {"down": torch.ones(2, 7), "up": torch.ones(5, 2)}
 
@@ -69,7 +70,7 @@ def test_a_strength_that_is_no_sensible_number_changes_nothing(strength):
     merged, out = stack_of(model), tiny.output(model, "cnn")
     with pytest.raises(ConfigError, match="strength of 'a'"):
         merged.set_strength("a", strength)
-    assert merged.strengths == {"a": 0.5}
+    assert merged.strengths == {"a": (Strength(0.5),)}
     assert torch.equal(tiny.output(model, "cnn"), out)
 
 
@@ -79,7 +80,7 @@ def test_a_name_in_use_changes_nothing():
     with pytest.raises(ConfigError, match="'a' is loaded already; eject it first or choose another name"):
         loaded(model, "cnn", "a", seed=2)
     assert torch.equal(tiny.output(model, "cnn"), out)
-    assert stack_of(model).strengths == {"a": 1.0}
+    assert stack_of(model).strengths == {"a": (Strength(),)}
 
 
 def test_an_unknown_algorithm_changes_nothing():

@@ -15,7 +15,8 @@ from tests.inject.helpers import chosen, randomise, training
 from vislora.algorithms.base import LayerSpec
 from vislora.errors import ConfigError
 from vislora.inject.injection import FreshOptions, inject_fresh, summary
-from vislora.inject.layer import Dropout, state_of
+from vislora.inject.layer import state_of
+from vislora.inject.parts import Dropout
 from vislora.inject.targets import Target, adaptable, select
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vislora.algorithms.base import Algorithm, Init, InitOptions, LayerSpec, Rule, fits
 from vislora.errors import AdapterFileError, AdapterMismatchError, listed
-from vislora.inject.layer import Dropout, LayerAdapter, state_of
+from vislora.inject.layer import LayerState, state_of
+from vislora.inject.parts import Dropout, LayerAdapter
 from vislora.inject.stack import Stack, existing_stack, settle, stack_of
 from vislora.inject.targets import Target, unwrapped
 from vislora.registry import ALGORITHMS
@@ -90,14 +92,21 @@ class FileModule:
 
 
 def inject_modules(
-    model: nn.Module, name: str, modules: list[FileModule], strength: float = 1.0, allow_partial: bool = False
+    model: nn.Module,
+    name: str,
+    modules: list[FileModule],
+    strength: Any = 1.0,
+    allow_partial: bool = False,
+    component: str = "denoiser",
 ) -> list[str]:
     """Put the modules of a file on `model`; return what did not fit, as "path: reason" (empty unless `allow_partial`).
 
     Slots are cast to the layer's device and, when it is a floating one, dtype. The model is untouched on any error.
+    `strength`: a number, a `Strength`, or a sequence of them, one per image. `component`: what the model is in its
+    pipeline, for the strengths.
     Raises `AdapterMismatchError` when a module has no layer or another shape, or nothing fits.
     """
-    with _changing(model) as stack:
+    with _changing(model, component) as stack:
         layers, misfits = _fitted(stack, modules)
         if not layers or (misfits and not allow_partial):
             fit = f"{len(layers)} of {len(modules)} modules of adapter '{name}' fit {type(unwrapped(model)).__name__}"
@@ -126,11 +135,10 @@ def merge(model: nn.Module) -> None:
     follows a base weight that is loaded or written to later; only what is written through `.data` torch does not tell:
     then merge again.
     """
-    stack = existing_stack(model)
-    for layer in stack.layers.values() if stack and not _group_offloaded(model) else ():
-        state = state_of(layer)
-        if state is not None and _mergeable(layer, state.base_class) and state.active():
-            state.merge(layer.weight)  # type: ignore[arg-type]
+    for layer, state in _mergeable(model):
+        state.merges = True
+        state.change()
+        state.prepare(layer)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -139,7 +147,8 @@ def unmerge(model: nn.Module) -> None:
     for layer in stack.layers.values() if stack else ():
         state = state_of(layer)
         if state is not None:
-            state.merged = None
+            state.merges = False
+            state.change()
 
 
 def resolve(stack: Stack, path: str) -> str:
@@ -166,15 +175,24 @@ def summary(components: Mapping[str, nn.Module], sets: Mapping[str, AdapterSet])
 
 
 @contextmanager
-def _changing(model: nn.Module) -> Iterator[Stack]:
+def _changing(model: nn.Module, component: str = "denoiser") -> Iterator[Stack]:
     """Give the stack of `model`; see `settle` for what is done afterwards, errors included."""
     try:
-        yield stack_of(model)
+        yield stack_of(model, component)
     finally:
         settle(model)
 
 
-def _mergeable(layer: nn.Module, base_class: type[nn.Module]) -> bool:
+def _mergeable(model: nn.Module) -> Iterator[tuple[nn.Module, LayerState]]:
+    """Yield the layers with active adapters whose weight can be merged, and what is on them."""
+    stack = existing_stack(model)
+    for layer in stack.layers.values() if stack and not _group_offloaded(model) else ():
+        state = state_of(layer)
+        if state is not None and state.active() and _keeps_its_weight(layer, state.base_class):
+            yield layer, state
+
+
+def _keeps_its_weight(layer: nn.Module, base_class: type[nn.Module]) -> bool:
     weight: Tensor = layer.weight  # type: ignore[assignment]
     plain = base_class.forward in {base.forward for base in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
     return plain and not weight.is_meta and _wide(weight.dtype)

@@ -15,11 +15,11 @@ from types import MethodType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vislora.algorithms.base import Algorithm, apply_weight
+from vislora.algorithms.base import apply_weight
 from vislora.errors import AdapterMismatchError, ConfigError
+from vislora.inject.parts import LayerAdapter, Part, parts_of
 
 STATE = "_vislora_layer"
 HOOKS = ("accelerate.hooks", "diffusers.hooks.hooks")
@@ -28,85 +28,44 @@ HOOKS = ("accelerate.hooks", "diffusers.hooks.hooks")
 Forward = Callable[..., Tensor]
 
 
-@dataclass(frozen=True)
-class Dropout:
-    """Shares in [0, 1) left out while training: of the input's elements, of the rank's channels, of whole modules."""
-
-    input: float = 0.0
-    rank: float = 0.0
-    module: float = 0.0
-
-
-@dataclass
-class LayerAdapter:
-    """One adapter on one layer. `scale` comes from the file (alpha / rank); `strength` is the user's multiplier."""
-
-    algorithm: Algorithm
-    slots: dict[str, Tensor]
-    scale: float
-    strength: float = 1.0
-    dropout: Dropout = field(default_factory=Dropout)
-    training: bool = False
-
-    def apply(self, x: Tensor, base_out: Tensor, layer: nn.Module) -> Tensor:
-        """Return `base_out` plus this adapter's effect on `x`, in the dtype of `base_out`."""
-        rank_dropout = 0.0
-        factor = self.scale * self.strength
-        if self.training:
-            if self.dropout.module:
-                if torch.rand(()).item() < self.dropout.module:
-                    return base_out
-                # like the other two, so that the expected effect is the one that is seen without dropout
-                factor /= 1.0 - self.dropout.module
-            rank_dropout = self.dropout.rank
-            x = F.dropout(x, self.dropout.input) if self.dropout.input and x.is_floating_point() else x
-        slots = self._slots_for(base_out)
-        if torch.is_autocast_enabled(x.device.type):
-            return self.algorithm.forward(x, base_out, slots, factor, layer, rank_dropout)
-        dtype = next(slot.dtype for slot in slots.values() if slot.is_floating_point())
-        x = x.to(dtype) if x.is_floating_point() else x
-        return self.algorithm.forward(x, base_out.to(dtype), slots, factor, layer, rank_dropout).to(base_out.dtype)
-
-    def delta(self, base: Tensor) -> Tensor:
-        """Return the change of the base weight in float32 (float64 for a float64 base), strength included."""
-        dtype = torch.promote_types(base.dtype, torch.float32)
-        slots = {
-            name: slot.detach().to(base.device, dtype if slot.is_floating_point() else slot.dtype)
-            for name, slot in self.slots.items()
-        }
-        return self.algorithm.delta(slots, self.scale * self.strength, base.to(dtype)).reshape(base.shape)
-
-    def _slots_for(self, out: Tensor) -> dict[str, Tensor]:
-        """Return the slots on the device of `out`. Frozen slots follow the model for good; trained ones stay put."""
-        if all(slot.device == out.device for slot in self.slots.values()):
-            return self.slots
-        moved = {name: slot.to(out.device) for name, slot in self.slots.items()}
-        if not any(slot.requires_grad for slot in self.slots.values()):
-            self.slots = moved
-        return moved
-
-
 @dataclass
 class LayerState:
     """Every adapter on one layer, in the order of their names, so that a sum never depends on loading order.
 
-    `merged`: the base weight with the active deltas in it, as `source` (weight, its version) was when it was computed.
+    `merges`: the engine is a merged weight, wherever the strengths allow one. `merged`: the base weight with the active
+    deltas in it, as `source` (weight, its version) was when it was computed. `parts`: what is computed beside the base
+    when there is none. Both are made on first use and dropped by every change.
     """
 
     base_class: type[nn.Module]
     adapters: dict[str, LayerAdapter] = field(default_factory=dict)
+    merges: bool = False
     merged: Tensor | None = None
     source: tuple[weakref.ref[Tensor], int] | None = None
+    parts: list[Part] | None = None
 
     def add(self, name: str, adapter: LayerAdapter) -> None:
-        """Add an adapter; a merged weight becomes stale and is dropped."""
+        """Add an adapter."""
         self.adapters[name] = adapter
         self.adapters = dict(sorted(self.adapters.items()))
-        self.merged = None
+        self.change()
+
+    def change(self) -> None:
+        """Drop what was made of the adapters as they were."""
+        self.merged = self.parts = None
 
     def active(self) -> list[LayerAdapter]:
-        """Return the adapters whose strength is not zero."""
-        return [adapter for adapter in self.adapters.values() if adapter.strength != 0.0]
+        """Return the adapters whose strength is not zero everywhere and always."""
+        return [adapter for adapter in self.adapters.values() if adapter.is_active]
+
+    def prepare(self, layer: nn.Module) -> None:
+        """Make what the engine of this layer needs, once after each change."""
+        active = self.active()
+        constant = all(adapter.is_constant for adapter in active)
+        if self.merges and active and constant and not torch.compiler.is_compiling():
+            self.merge(layer.weight)  # type: ignore[arg-type]
+        else:
+            self.parts = parts_of(active, layer)
 
     def merge(self, weight: Tensor) -> None:
         """Compute `merged` from `weight`, in float32 with one rounding."""
@@ -141,11 +100,13 @@ class AdapterLayer:
         The first argument has the name that torch's layers give it, for callers that pass it by name.
         """
         state: LayerState = self.__dict__[STATE]
+        if state.merged is None and state.parts is None:
+            state.prepare(self)  # type: ignore[arg-type]
         if state.merged is not None:
             return apply_weight(self, input, _merged(self, state, input), getattr(self, "bias", None))  # type: ignore[arg-type]
         out = super().forward(input, *args, **kwargs)  # type: ignore[misc]
-        for adapter in state.active():
-            out = adapter.apply(input, out, self)  # type: ignore[arg-type]
+        for part in state.parts or ():
+            out = part.apply(input, out, self)  # type: ignore[arg-type]
         return out
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -223,7 +184,7 @@ def take_off(layer: nn.Module, path: str, name: str) -> None:
     if state is None or name not in state.adapters:
         return
     del state.adapters[name]
-    state.merged = None
+    state.change()
     if not state.adapters:
         _change_class(layer, state.base_class)
         del layer.__dict__[STATE]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from vislora.errors import ConfigError, nearest
 from vislora.inject.fused import Watch, can_fuse, require_run, watches
-from vislora.inject.layer import LayerAdapter, put_on, require_removable, state_of, take_off
+from vislora.inject.layer import put_on, require_removable, state_of, take_off
+from vislora.inject.moment import Moment, varies
+from vislora.inject.parts import LayerAdapter
+from vislora.inject.strength import Strength, per_image
 from vislora.inject.targets import adaptable, aliases, plain_path, unwrapped
 
 STACK = "_vislora_stack"
@@ -21,20 +25,27 @@ STACK = "_vislora_stack"
 class Stack:
     """Which adapters are on `model`. Held by the model itself, so two pipelines that share it see one stack.
 
-    `attentions`: path -> module whose layers diffusers may fuse; `watches`: those of them with adapters; `hook`: asks
-    them before every forward of the model.
+    `moment`: the strengths, and what they depend on while the model runs. `attentions`: path -> module whose layers
+    diffusers may fuse; `watches`: those of them with adapters; `hook`: asks them before every forward of the model;
+    `clock`: begins the moment before every forward, while a strength depends on it.
     """
 
     layers: dict[str, nn.Module]
     aliases: dict[str, str] = field(default_factory=dict)
+    moment: Moment = field(default_factory=Moment)
     attentions: dict[str, nn.Module] = field(default_factory=dict)
-    strengths: dict[str, float] = field(default_factory=dict)
     paths: dict[str, list[str]] = field(default_factory=dict)
     frozen: dict[str, list[tuple[nn.Module, str]]] = field(default_factory=dict)
     watches: list[Watch] = field(default_factory=list)
     hook: RemovableHandle | None = None
+    clock: RemovableHandle | None = None
 
-    def add(self, name: str, adapters: Mapping[str, LayerAdapter], strength: float) -> None:
+    @property
+    def strengths(self) -> dict[str, tuple[Strength, ...]]:
+        """Return the strength of every adapter, or its strengths, one per image of the batch."""
+        return self.moment.strengths
+
+    def add(self, name: str, adapters: Mapping[str, LayerAdapter], strength: Any) -> None:
         """Put the adapter `name` on its layers; on any failure the model is as it was.
 
         Raises `ConfigError` for a name in use or a strength that is no sensible number, and `AdapterMismatchError`
@@ -42,31 +53,41 @@ class Stack:
         """
         if name in self.strengths:
             raise ConfigError(f"an adapter named '{name}' is loaded already; eject it first or choose another name")
-        checked = strength_in_range(name, strength)
+        strengths = per_image(name, strength)
         require_run(name, adapters, self.attentions)
         done: list[str] = []
         try:
             for path, adapter in adapters.items():
-                adapter.strength = checked
+                adapter.name, adapter.path, adapter.moment = name, path, self.moment
+                self._tune(adapter, strengths)
                 put_on(self.layers[path], path, name, adapter)
                 done.append(path)
         except BaseException:
             for path in done:
                 take_off(self.layers[path], path, name)
             raise
-        self.strengths[name] = checked
+        self.moment.give(name, strengths)
         self.paths[name] = done
         self._watch()
 
-    def set_strength(self, name: str, strength: float) -> None:
-        """Change the strength of `name` on all of its layers. A merged weight is dropped: it holds the old strength."""
-        checked = strength_in_range(name, strength)
+    def set_strength(self, name: str, strength: Any) -> None:
+        """Change the strength of `name` on all of its layers: a number, a `Strength`, or one per image of the batch.
+
+        What was made of the old one, such as a merged weight, is dropped.
+        """
+        strengths = per_image(name, strength)
         for path in self.paths[self._known(name)]:
             state = state_of(self.layers[path])
             if state is not None:
-                state.adapters[name].strength = checked
-                state.merged = None
-        self.strengths[name] = checked
+                self._tune(state.adapters[name], strengths)
+                state.change()
+        self.moment.give(name, strengths)
+
+    def _tune(self, adapter: LayerAdapter, strengths: Sequence[Strength]) -> None:
+        found = tuple(strength.on(self.moment.component, adapter.path) for strength in strengths)
+        same = all(one == found[0] for one in found) and all(strength.is_constant for strength in strengths)
+        adapter.varies = varies(strengths) and not same
+        adapter.strengths = found[:1] if same else found
 
     def remove(self, name: str) -> None:
         """Take the adapter `name` off its layers; what was frozen for its training is as before."""
@@ -75,7 +96,8 @@ class Stack:
             require_removable(self.layers[path], path, name)
         for path in paths:
             take_off(self.layers[path], path, name)
-        del self.paths[name], self.strengths[name]
+        del self.paths[name]
+        self.moment.give(name, None)
         self._watch()
         self._thaw(name)
 
@@ -112,13 +134,14 @@ class Stack:
         return name
 
 
-def stack_of(model: nn.Module) -> Stack:
-    """Return the stack of `model`, made (and its layers indexed) on first use."""
+def stack_of(model: nn.Module, component: str = "denoiser") -> Stack:
+    """Return the stack of `model`, made (and its layers indexed) on first use as that of a `component`."""
     stack = existing_stack(model)
     if stack is None:
         layers = adaptable(model)
         attentions = {plain_path(path): module for path, module in unwrapped(model).named_modules() if can_fuse(module)}
-        stack = unwrapped(model).__dict__[STACK] = Stack(layers, aliases(model, layers), attentions)
+        stack = Stack(layers, aliases(model, layers), Moment(component), attentions)
+        unwrapped(model).__dict__[STACK] = stack
     return stack
 
 
@@ -137,6 +160,11 @@ def settle(model: nn.Module) -> None:
     if not stack.watches and stack.hook is not None:
         stack.hook.remove()
         stack.hook = None
+    if stack.moment.is_needed and stack.clock is None:
+        stack.clock = model.register_forward_pre_hook(_begin, with_kwargs=True)
+    if not stack.moment.is_needed and stack.clock is not None:
+        stack.clock.remove()
+        stack.clock = None
     if not stack.strengths:
         del unwrapped(model).__dict__[STACK]
 
@@ -148,12 +176,9 @@ def _require_run(model: nn.Module, args: object) -> None:
         watch.require_run()
 
 
-def strength_in_range(name: str, strength: float) -> float:
-    """Return `strength` as a float. Raises `ConfigError` when it is not a finite number of sensible size."""
-    try:
-        value = float(strength)
-    except (TypeError, ValueError):
-        value = math.nan
-    if not math.isfinite(value) or abs(value) > 100.0:
-        raise ConfigError(f"strength of '{name}' is {strength!r}: give a finite number between -100 and 100")
-    return value
+@torch.compiler.disable(reason="strengths that depend on image, step or place are set outside of the graph")
+def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Stand before every forward of a model whose strengths depend on it."""
+    stack = existing_stack(model)
+    if stack is not None:
+        stack.moment.begin(unwrapped(model), args, kwargs)

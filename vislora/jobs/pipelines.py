@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,19 @@ from vislora.errors import AdapterFileError, AdapterMismatchError, ConfigError, 
 from vislora.formats.adapter_file import AdapterFile, AdapterModule
 from vislora.inject.injection import FileModule, find_misfits, inject_modules
 from vislora.inject.injection import eject as eject_from
-from vislora.inject.stack import Stack, existing_stack, strength_in_range
+from vislora.inject.progress import Loop
+from vislora.inject.stack import Stack, existing_stack, settle
+from vislora.inject.strength import Strength, per_image
+from vislora.inject.targets import adaptable
 from vislora.models.base import components_of
+
+Given = float | Strength | Sequence[float | Strength | None]
 
 
 def load(
     pipeline: Any,
     path: str | Path,
-    strength: float = 1.0,
+    strength: Given = 1.0,
     name: str | None = None,
     *,
     allow_partial: bool = False,
@@ -29,19 +34,21 @@ def load(
 ) -> list[str]:
     """Put the adapter file at `path` on `pipeline` (a diffusers pipeline, or any module) and return what did not fit.
 
-    `strength` multiplies the trained effect. `name` is what `set_strengths` and `eject` call it; default: the file's
-    stem. The returned list is empty unless `allow_partial`. `allow_pickle` is that of `formats.load`. On any error the
-    pipeline is as it was.
+    `strength` multiplies the trained effect; see `set_strengths`. `name` is what `set_strengths` and `eject` call it;
+    default: the file's stem. The returned list is empty unless `allow_partial`. `allow_pickle` is that of
+    `formats.load`. On any error the pipeline is as it was.
     Raises `AdapterFileError`, `AdapterMismatchError`, or `ConfigError` for a name in use.
     """
     return attach(pipeline, formats.load(path, allow_pickle), name or Path(path).stem, strength, allow_partial)
 
 
 def attach(
-    pipeline: Any, adapter_file: AdapterFile, name: str, strength: float = 1.0, allow_partial: bool = False
+    pipeline: Any, adapter_file: AdapterFile, name: str, strength: Given = 1.0, allow_partial: bool = False
 ) -> list[str]:
     """Put an adapter that is in memory on `pipeline`; see `load`."""
     family, components = components_of(pipeline)
+    strengths = per_image(name, strength)
+    _require_fitting({name: strengths}, components)
     by_component = _by_component(adapter_file, components, isinstance(pipeline, nn.Module))
     missing = [component for component in by_component if component not in components]
     misfits = [f"{component}: this pipeline has no such component" for component in missing]
@@ -55,7 +62,7 @@ def attach(
     try:
         for component in (item for item in by_component if item not in missing):
             model, modules = components[component], by_component[component]
-            fits, found = _inject_what_fits(model, name, modules, strength, allow_partial)
+            fits, found = _inject_what_fits(model, component, name, modules, strengths, allow_partial)
             done += [model] if fits else []
             misfits += [f"{component}.{line}" for line in found]
         if not done:
@@ -66,34 +73,71 @@ def attach(
     except BaseException:
         _undo(done, name)
         raise
+    _follow(pipeline, components)
     return misfits
 
 
 def _inject_what_fits(
-    model: nn.Module, name: str, modules: list[FileModule], strength: float, allow_partial: bool
+    model: nn.Module,
+    component: str,
+    name: str,
+    modules: list[FileModule],
+    strengths: Sequence[Strength],
+    allow_partial: bool,
 ) -> tuple[bool, list[str]]:
     """Inject a component and return what did not fit; one of which nothing fits is left out when that is allowed."""
     try:
-        return True, inject_modules(model, name, modules, strength, allow_partial)
+        return True, inject_modules(model, name, modules, strengths, allow_partial, component)
     except AdapterMismatchError:
         if not allow_partial:
             raise
         return False, [f"{module.path}: no module of this component fits" for module in modules]
 
 
-def set_strengths(pipeline: Any, strengths: Mapping[str, float]) -> None:
+def set_strengths(pipeline: Any, strengths: Mapping[str, Given]) -> None:
     """Set the strength of loaded adapters by name; those not named keep theirs. All or none are changed.
 
-    Raises `ConfigError` for an unknown name or a strength that is no sensible number.
+    A strength is a number, a `Strength` (components, layers, steps, region), or a sequence of them, one per image that
+    a call of the pipeline makes, where None is 0. Sequences are of one length; adapters without one act on all images.
+    Raises `ConfigError` for an unknown name or a strength that is no sensible number or names what is not there.
     """
     stacks = _stacks(pipeline)
-    for name, strength in strengths.items():
+    _, components = components_of(pipeline)
+    for name in strengths:
         _require_loaded(stacks, name)
-        strength_in_range(name, strength)
-    for name, strength in strengths.items():
+    checked = {name: per_image(name, given) for name, given in strengths.items()}
+    _require_fitting({**_set(stacks), **checked}, components)
+    for name, given in checked.items():
         for stack in stacks.values():
             if name in stack.strengths:
-                stack.set_strength(name, strength)
+                stack.set_strength(name, given)
+    _follow(pipeline, components)
+
+
+def _require_fitting(strengths: Mapping[str, Sequence[Strength]], components: Mapping[str, nn.Module]) -> None:
+    """Raise `ConfigError` for strengths that name what is not there, or are for several numbers of images."""
+    counts = {name: len(given) for name, given in strengths.items() if len(given) > 1}
+    if len(set(counts.values())) > 1:
+        shown = ", ".join(f"'{name}' for {count}" for name, count in counts.items())
+        raise ConfigError(f"strengths are given for several numbers of images: {shown}; give one per image, or one")
+    naming = [(name, one) for name, given in strengths.items() for one in given if one.components or one.layers]
+    paths = {component: _paths(model) for component, model in components.items()} if naming else {}
+    for name, one in naming:
+        one.require_known(name, paths)
+
+
+def _paths(model: nn.Module) -> Iterable[str]:
+    stack = existing_stack(model)
+    return stack.layers if stack else adaptable(model)
+
+
+def _follow(pipeline: Any, components: Mapping[str, nn.Module]) -> None:
+    """Have strengths that depend on the moment told how far the loop of `pipeline` is."""
+    for model in components.values():
+        stack = existing_stack(model)
+        if stack is not None:
+            stack.moment.loop = None if isinstance(pipeline, nn.Module) else Loop.of(pipeline)
+            settle(model)
 
 
 def eject(pipeline: Any, name: str | None = None) -> None:
@@ -108,9 +152,18 @@ def eject(pipeline: Any, name: str | None = None) -> None:
                 eject_from(components[component], loaded)
 
 
-def loaded_strengths(pipeline: Any) -> dict[str, float]:
-    """Return the strength of every adapter on `pipeline`, by name."""
-    return {name: value for stack in _stacks(pipeline).values() for name, value in stack.strengths.items()}
+def loaded_strengths(pipeline: Any) -> dict[str, Given]:
+    """Return the strength of every adapter on `pipeline`, by name: a number where it is no more than that."""
+    return {name: _shown(given) for name, given in _set(_stacks(pipeline)).items()}
+
+
+def _set(stacks: Mapping[str, Stack]) -> dict[str, tuple[Strength, ...]]:
+    return {name: given for stack in stacks.values() for name, given in stack.strengths.items()}
+
+
+def _shown(given: Sequence[Strength]) -> Given:
+    found: list[float | Strength] = [one.value if one.is_plain else one for one in given]
+    return found[0] if len(found) == 1 else found
 
 
 def _by_component(

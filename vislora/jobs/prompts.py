@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vislora.errors import ConfigError, listed, nearest
-from vislora.inject.stack import strength_in_range
+from vislora.inject.strength import strength_in_range
 
 _TAG = re.compile(r"<lora:([^:<>]+)(?::([^:<>]*))?>")
 _SUFFIX = ".safetensors"

@@ -22,7 +22,7 @@ from vislora.errors import ConfigError, listed, missing_extra
 from vislora.formats.adapter_file import AdapterFile
 from vislora.formats.writing import unwritable
 from vislora.inject.injection import AdapterSet, FreshOptions, eject, inject_fresh, summary
-from vislora.inject.layer import Dropout
+from vislora.inject.parts import Dropout
 from vislora.inject.targets import Target, select
 from vislora.jobs.adapter_files import Trained, adapter_file, modules_of
 from vislora.jobs.datasets import Prepared, prepare_data

@@ -1,0 +1,276 @@
+"""What adapters compute beside their base layer: one of any algorithm, several LoRAs as one, or each image its own."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vislora.algorithms.base import Algorithm, Conv, add_weight
+from vislora.algorithms.dora import Axis, decomposed
+from vislora.algorithms.lora import CONV, PLAIN
+from vislora.inject.moment import Moment
+
+SPARE = 2
+"""Each image gets its own matrices where that divides the rank that its tokens see by at least as much."""
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Shares in [0, 1) left out while training: of the input's elements, of the rank's channels, of whole modules."""
+
+    input: float = 0.0
+    rank: float = 0.0
+    module: float = 0.0
+
+
+class Part(Protocol):
+    """Something that is added to the output of a base layer."""
+
+    def apply(self, x: Tensor, base_out: Tensor, layer: nn.Module) -> Tensor:
+        """Return `base_out` plus the effect on `x`, in the dtype of `base_out`."""
+        ...
+
+
+@dataclass
+class LayerAdapter:
+    """One adapter on one layer. `scale` comes from the file (alpha / rank); strengths are the user's multipliers.
+
+    magnitude, axis: DoRA's, on top of the algorithm. strengths: what holds in every step and place, one number or one
+    per image of the batch. varies: the strength is not one number, see the `moment`. name, path: what it is called
+    there.
+    """
+
+    algorithm: Algorithm
+    slots: dict[str, Tensor]
+    scale: float
+    magnitude: Tensor | None = None
+    axis: Axis = "out"
+    strengths: tuple[float, ...] = (1.0,)
+    varies: bool = False
+    moment: Moment = field(default_factory=Moment)
+    name: str = ""
+    path: str = ""
+    dropout: Dropout = field(default_factory=Dropout)
+    training: bool = False
+
+    @property
+    def is_active(self) -> bool:
+        """Say whether this has an effect on any image."""
+        return any(strength != 0.0 for strength in self.strengths)
+
+    @property
+    def is_constant(self) -> bool:
+        """Say whether the strength is one number."""
+        return not self.varies
+
+    def strength_on(self, image: int) -> float:
+        """Return what holds for one image in every step and place."""
+        return self.strengths[image if len(self.strengths) > 1 else 0]
+
+    def apply(self, x: Tensor, base_out: Tensor, layer: nn.Module) -> Tensor:
+        """Return `base_out` plus this adapter's effect on `x`, in the dtype of `base_out`."""
+        rank_dropout = 0.0
+        strength = self.strengths[0] if self.is_constant else 1.0
+        if self.training:
+            if self.dropout.module:
+                if torch.rand(()).item() < self.dropout.module:
+                    return base_out
+                # like the other two, so that the expected effect is the one that is seen without dropout
+                strength /= 1.0 - self.dropout.module
+            rank_dropout = self.dropout.rank
+            x = F.dropout(x, self.dropout.input) if self.dropout.input and x.is_floating_point() else x
+        if self.is_constant:
+            return self._added(x, base_out, strength, layer, rank_dropout)
+        effect = self._added(x, torch.zeros_like(base_out), 1.0, layer, rank_dropout)
+        return base_out + effect * _factor([self], [1], base_out, layer)
+
+    def delta(self, base: Tensor) -> Tensor:
+        """Return the change of the base weight in float32 (float64 for a float64 base), strength included."""
+        dtype = torch.promote_types(base.dtype, torch.float32)
+        wide = base.to(dtype)
+        slots = {
+            name: slot.detach().to(base.device, dtype if slot.is_floating_point() else slot.dtype)
+            for name, slot in self.slots.items()
+        }
+        strength = self.strengths[0]
+        if self.magnitude is None:
+            return self.algorithm.delta(slots, self.scale * strength, wide).reshape(base.shape)
+        direction = self.algorithm.delta(slots, self.scale, wide).reshape(base.shape)
+        return strength * decomposed(wide, direction, self.magnitude.to(base.device, dtype), self.axis)
+
+    def _added(self, x: Tensor, base_out: Tensor, strength: float, layer: nn.Module, rank_dropout: float) -> Tensor:
+        slots = self._slots_for(base_out)
+        if torch.is_autocast_enabled(x.device.type):
+            return self._forward(x, base_out, slots, strength, layer, rank_dropout)
+        dtype = next(slot.dtype for slot in slots.values() if slot.is_floating_point())
+        x = x.to(dtype) if x.is_floating_point() else x
+        return self._forward(x, base_out.to(dtype), slots, strength, layer, rank_dropout).to(base_out.dtype)
+
+    def _forward(
+        self, x: Tensor, base_out: Tensor, slots: dict[str, Tensor], strength: float, layer: nn.Module, dropped: float
+    ) -> Tensor:
+        if self.magnitude is None:
+            return self.algorithm.forward(x, base_out, slots, self.scale * strength, layer, dropped)
+        change = LayerAdapter(self.algorithm, slots, self.scale, self.magnitude, self.axis, strengths=(strength,))
+        return add_weight(x, base_out, change.delta(layer.weight).to(x.dtype), layer)  # type: ignore[arg-type]
+
+    def _slots_for(self, out: Tensor) -> dict[str, Tensor]:
+        """Return the slots on the device of `out`. Frozen slots follow the model for good; trained ones stay put."""
+        if all(slot.device == out.device for slot in self.slots.values()):
+            return self.slots
+        moved = {name: slot.to(out.device) for name, slot in self.slots.items()}
+        if not any(slot.requires_grad for slot in self.slots.values()):
+            self.slots = moved
+        return moved
+
+
+@dataclass
+class Joined:
+    """Several LoRAs on one layer as one: A = [A1; A2; ...] and B = [B1, B2, ...], in the order of their names.
+
+    With constant strengths B holds them and the scales, multiplied in float32; else B holds the scales, and what A
+    makes of x is multiplied by the strengths of the moment.
+    """
+
+    adapters: list[LayerAdapter]
+    ranks: list[int]
+    down: Tensor
+    up: Tensor
+    constant: bool
+
+    @staticmethod
+    def of(adapters: list[LayerAdapter], layer: nn.Module) -> Joined:
+        """Copy the slots of `adapters`, which fit `layer`, into two matrices."""
+        constant = all(adapter.is_constant for adapter in adapters)
+        factors = [adapter.scale * (adapter.strengths[0] if constant else 1.0) for adapter in adapters]
+        ups = [_scaled(_up(adapter), factor) for adapter, factor in zip(adapters, factors, strict=True)]
+        kernel = layer.weight.shape[2:] if isinstance(layer, Conv) else ()
+        down = torch.cat([adapter.slots["down"].flatten(1) for adapter in adapters])
+        up = torch.cat(ups, 1)
+        return Joined(
+            adapters,
+            [adapter.slots["down"].shape[0] for adapter in adapters],
+            down.reshape(down.shape[0], -1, *kernel),
+            up.reshape(*up.shape, *[1] * len(kernel)),
+            constant,
+        )
+
+    def apply(self, x: Tensor, base_out: Tensor, layer: nn.Module) -> Tensor:
+        """Return `base_out` plus the effects on `x`, in the dtype of `base_out`."""
+        if self.down.device != base_out.device:
+            self.down, self.up = self.down.to(base_out.device), self.up.to(base_out.device)
+        if torch.is_autocast_enabled(x.device.type):
+            return self._added(x, base_out, layer)
+        return self._added(x.to(self.down.dtype), base_out.to(self.up.dtype), layer).to(base_out.dtype)
+
+    def _added(self, x: Tensor, base_out: Tensor, layer: nn.Module) -> Tensor:
+        if isinstance(layer, Conv):
+            hidden = self._weighted(layer._conv_forward(x, self.down, None), layer)
+            return base_out + CONV[len(layer.kernel_size)](hidden, self.up)
+        hidden = self._weighted(F.linear(x, self.down), layer)
+        rows = base_out.reshape(-1, base_out.shape[-1])
+        return torch.addmm(rows, hidden.reshape(-1, hidden.shape[-1]), self.up.T).reshape(base_out.shape)
+
+    def _weighted(self, hidden: Tensor, layer: nn.Module) -> Tensor:
+        return hidden if self.constant else hidden * _factor(self.adapters, self.ranks, hidden, layer)
+
+
+@dataclass
+class PerImage:
+    """LoRAs of which every image of the batch has its own few: one small product per row, with its image's A and B."""
+
+    adapters: list[LayerAdapter]
+    moment: Moment
+    _made: tuple[tuple[int, ...], Tensor, Tensor] | None = None
+
+    def apply(self, x: Tensor, base_out: Tensor, layer: nn.Module) -> Tensor:
+        """Return `base_out` plus each row's effect on `x`, in the dtype of `base_out`."""
+        path = self.adapters[0].path
+        index = self.moment.image_rows(x.shape[0], path)
+        for adapter in self.adapters:
+            self.moment.require_agreement(adapter.name, torch.tensor(adapter.strengths).unbind(), path)
+        down, up = self._matrices(index, base_out)
+        dtype = down.dtype
+        hidden = torch.bmm(x.reshape(x.shape[0], -1, x.shape[-1]).to(dtype), down)
+        rows = base_out.reshape(x.shape[0], -1, base_out.shape[-1])
+        return torch.baddbmm(rows.to(dtype), hidden, up).to(base_out.dtype).reshape(base_out.shape)
+
+    def _matrices(self, index: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A (rows, in, rank) and B (rows, rank, out), the strengths in B, zero beyond an image's own ranks."""
+        if self._made is None or self._made[0] != index or self._made[1].device != like.device:
+            images = [self._of_image(image) for image in range(max(index) + 1)]
+            rank = max(down.shape[0] for down, _ in images)
+            downs = torch.stack([F.pad(down, (0, 0, 0, rank - down.shape[0])) for down, _ in images])
+            ups = torch.stack([F.pad(up, (0, rank - up.shape[1])) for _, up in images])
+            rows = torch.tensor(index, device=downs.device)
+            self._made = index, downs[rows].mT.to(like.device), ups[rows].mT.to(like.device)
+        return self._made[1], self._made[2]
+
+    def _of_image(self, image: int) -> tuple[Tensor, Tensor]:
+        first = self.adapters[0]
+        downs, ups = [first.slots["down"].flatten(1)[:0]], [_up(first)[:, :0]]
+        for adapter in self.adapters:
+            strength = adapter.strength_on(image)
+            if strength != 0.0:
+                downs.append(adapter.slots["down"].flatten(1))
+                ups.append(_scaled(_up(adapter), adapter.scale * strength))
+        return torch.cat(downs), torch.cat(ups, 1)
+
+
+def parts_of(adapters: Sequence[LayerAdapter], layer: nn.Module) -> list[Part]:
+    """Return what computes the effects of `adapters` on `layer`: LoRAs joined, the others each for itself."""
+    joinable: dict[int, list[LayerAdapter]] = defaultdict(list)
+    parts: list[Part] = []
+    for adapter in adapters:
+        if _can_join(adapter, layer):
+            joinable[id(adapter.moment)].append(adapter)
+        else:
+            parts.append(adapter)
+    return [*(_joined(found, layer) for found in joinable.values()), *parts]
+
+
+def _joined(adapters: list[LayerAdapter], layer: nn.Module) -> Part:
+    if len(adapters) == 1 and adapters[0].is_constant:
+        return adapters[0]
+    if isinstance(layer, nn.Linear) and _mostly_apart(adapters):
+        return PerImage(adapters, adapters[0].moment)
+    return Joined.of(adapters, layer)
+
+
+def _can_join(adapter: LayerAdapter, layer: nn.Module) -> bool:
+    plain = adapter.algorithm.name == "lora" and adapter.slots.keys() == PLAIN and adapter.magnitude is None
+    frozen = not adapter.training and not any(slot.requires_grad for slot in adapter.slots.values())
+    return plain and frozen and (isinstance(layer, nn.Linear) or (isinstance(layer, Conv) and layer.groups == 1))
+
+
+def _mostly_apart(adapters: Sequence[LayerAdapter]) -> bool:
+    """Say whether strengths depend on the image alone, and an image has a small part of the ranks."""
+    moment = adapters[0].moment
+    if not all(strength.is_constant for adapter in adapters for strength in moment.strengths[adapter.name]):
+        return False
+    ranks = [adapter.slots["down"].shape[0] for adapter in adapters]
+    own = [
+        sum(rank for rank, adapter in zip(ranks, adapters, strict=True) if adapter.strength_on(image) != 0.0)
+        for image in range(moment.images)
+    ]
+    return SPARE * max(own) <= sum(ranks)
+
+
+def _factor(adapters: Sequence[LayerAdapter], widths: Sequence[int], out: Tensor, layer: nn.Module) -> Tensor:
+    shares = [(adapter.name, adapter.strengths, width) for adapter, width in zip(adapters, widths, strict=True)]
+    return adapters[0].moment.factor(shares, out, 1 if isinstance(layer, Conv) else -1, adapters[0].path)
+
+
+def _up(adapter: LayerAdapter) -> Tensor:
+    return adapter.slots["up"].flatten(1)
+
+
+def _scaled(tensor: Tensor, factor: float) -> Tensor:
+    """Multiply in float32 (a float64 tensor: in that) and round once."""
+    return (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor).to(tensor.dtype)
