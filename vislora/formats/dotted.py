@@ -41,7 +41,7 @@ def at_denoiser_or_as_named(
     return found
 
 
-def _leads(named: Named, metadata: Mapping[str, str], components: Collection[str]) -> list[list[Found]]:
+def _leads(named: Named, metadata: Mapping[str, str], components: Collection[str]) -> list[tuple[Found, ...]]:
     """Return where each name leads, and note in the modules which family all of them tell."""
     layers = {name: module.inputs for module, name in named}
     if not layers:

@@ -119,6 +119,7 @@ _END = re.compile("|".join(f"(?P<{slot}>{'|'.join(ends)})" for slot, ends in _NA
 _MOST_PARTS = 3  # of an end: lora_magnitude_vector.default.weight
 
 
+@lru_cache(maxsize=16384)
 def split_key(key: str) -> tuple[str, str] | None:
     """Return the module's name and the slot of `key`, or None when its end is no known slot; the longest end counts."""
     for count in range(_MOST_PARTS, 0, -1):

@@ -9,6 +9,7 @@ There is no alpha. Spec: diffusers loaders/lora_conversion_utils.py, the convers
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 from vislora.formats.contract import Format
@@ -57,7 +58,7 @@ def _layer(found: re.Match[str]) -> str | None:
     return _LAYERS.get((found["block"].partition("_")[0], found["layer"]))
 
 
-def _leads(name: str) -> list[Found]:
+def _leads(name: str) -> Sequence[Found]:
     """Return where a layer leads; of a fused one q, k and v alone."""
     leads = FAMILY_NAMES["flux"].tables["denoiser"].find_dotted(name)
     if len(leads) == 1:

@@ -18,7 +18,7 @@ from vislora.formats.adapter_file import AdapterFile
 from vislora.formats.container import is_one_adapter
 from vislora.formats.contract import Packed
 from vislora.formats.overview import overview
-from vislora.formats.reading import load
+from vislora.formats.reading import load, uncollected
 from vislora.formats.tucker import fold_tucker
 from vislora.formats.writing import Loss, pack, pack_whole, unwritable, writable, write
 from vislora.jobs.changes import changed
@@ -133,6 +133,11 @@ def run(config: ConvertConfig) -> Iterator[Record]:
 
 
 def _one(config: ConvertConfig) -> Iterator[Record]:
+    with uncollected():
+        yield from _checked(config)
+
+
+def _checked(config: ConvertConfig) -> Iterator[Record]:
     _check_places(config)
     adapter = load(config.source, config.allow_pickle)
     yield from (Note(text) for text in adapter.notes)

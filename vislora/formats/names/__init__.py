@@ -77,7 +77,7 @@ def flat_prefix(raw_name: str) -> str | None:
     return found[0] if found else None
 
 
-def find_text(raw_name: str) -> tuple[str, list[Found]] | None:
+def find_text(raw_name: str) -> tuple[str, tuple[Found, ...]] | None:
     """Look up a flat name of a text encoder: (component, where it leads), or None when no text encoder has it.
 
     The vocabulary decides: `lora_te2_` is CLIP-G in SDXL and SD3, but T5 in OneTrainer's Flux files.

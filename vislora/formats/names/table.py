@@ -135,15 +135,17 @@ class NameTable:
         names = [*stored, *((path, Row(path)) for path in paths)]
         return _index((template.replace(".", "_"), row) for template, row in names)
 
-    def find_flat(self, name: str) -> list[Found]:
+    @lru_cache(maxsize=16384)  # noqa: B019
+    def find_flat(self, name: str) -> tuple[Found, ...]:
         """Return every path that a flat name stands for: one, the parts of a fused layer, or none at all."""
         return _found(self._by_flat, name)
 
-    def find_dotted(self, name: str) -> list[Found]:
+    @lru_cache(maxsize=16384)  # noqa: B019 - tables live as long as the program, and a file asks more than once
+    def find_dotted(self, name: str) -> tuple[Found, ...]:
         """Return every path that a dotted name of the reference tree, or else of the original one, stands for."""
-        return [Found(name, name)] if self.knows(name) else _found(self._by_stored, name)
+        return (Found(name, name),) if self.knows(name) else _found(self._by_stored, name)
 
-    def find(self, name: str, flat: bool) -> list[Found]:
+    def find(self, name: str, flat: bool) -> tuple[Found, ...]:
         """Return every path that a name stands for, flat or dotted."""
         return self.find_flat(name) if flat else self.find_dotted(name)
 
@@ -222,7 +224,7 @@ def ranked(
     layers are asked for their signs.
     """
     outlines = {outline_of(name) for name in names}
-    leads: dict[str, dict[str, list[Found]]] = {}
+    leads: dict[str, dict[str, tuple[Found, ...]]] = {}
     for family in families:
         table = family.tables["denoiser"]
         asked = names if table.may_know(outlines, flat) else ()
@@ -258,9 +260,9 @@ def _split(name: str) -> tuple[str, tuple[str, ...]]:
     return _DIGITS.sub("#", name), tuple(_DIGITS.findall(name))
 
 
-def _found(index: _Index, name: str) -> list[Found]:
-    leads = [row.found(numbers) for row, numbers in _matches(index, name)]
-    return [lead for lead in leads if lead is not None]
+def _found(index: _Index, name: str) -> tuple[Found, ...]:
+    leads = (row.found(numbers) for row, numbers in _matches(index, name))
+    return tuple(lead for lead in leads if lead is not None)
 
 
 def _matches(index: _Index, name: str) -> Iterable[tuple[Row, Numbers]]:
