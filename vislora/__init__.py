@@ -14,6 +14,8 @@ _PUBLIC = {
     "load": "vislora.jobs.pipelines:load",
     "set_strengths": "vislora.jobs.pipelines:set_strengths",
     "eject": "vislora.jobs.pipelines:eject",
+    "reserve": "vislora.jobs.pipelines:reserve",
+    "unreserve": "vislora.jobs.pipelines:unreserve",
     "Strength": "vislora.inject.strength:Strength",
     "train": "vislora.jobs.train:train",
     "generate": "vislora.jobs.generate:generate",

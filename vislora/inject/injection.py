@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from vislora.algorithms.base import Algorithm, Init, InitOptions, LayerSpec, Rule, fits
-from vislora.errors import AdapterFileError, AdapterMismatchError, listed
+from vislora.errors import AdapterFileError, AdapterMismatchError, ConfigError, listed
 from vislora.inject.layer import LayerState, state_of
-from vislora.inject.parts import Dropout, LayerAdapter
+from vislora.inject.parts import Dropout, LayerAdapter, takes_lora
 from vislora.inject.stack import Stack, existing_stack, settle, stack_of
-from vislora.inject.targets import Target, unwrapped
+from vislora.inject.targets import PRESETS, Target, matches, unwrapped
 from vislora.registry import ALGORITHMS
 
 
@@ -137,8 +137,9 @@ def merge(model: nn.Module) -> None:
     """
     for layer, state in _mergeable(model):
         state.merges = True
-        state.change()
-        state.prepare(layer)
+        state.drop()
+        if state.room is None:
+            state.prepare(layer)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -148,7 +149,30 @@ def unmerge(model: nn.Module) -> None:
         state = state_of(layer)
         if state is not None:
             state.merges = False
-            state.change()
+            state.drop()
+
+
+def reserve_room(model: nn.Module, max_rank: int, layers: str | Sequence[str] = "all") -> None:
+    """Reserve room for adapters on the layers of a preset or of patterns; see `jobs.pipelines.reserve`."""
+    with _changing(model) as stack:
+        if stack.reserve is not None:
+            raise ConfigError("this model is reserved already; unreserve it first")
+        patterns = PRESETS.get(layers, (layers,)) if isinstance(layers, str) else layers
+        paths = [
+            path
+            for path, layer in stack.layers.items()
+            if any(matches(pattern, path) for pattern in patterns) and takes_lora(layer)
+        ]
+        if not paths:
+            raise ConfigError(f"layers {layers!r} are no layers of {type(unwrapped(model)).__name__} for LoRAs")
+        stack.make_room(max_rank, paths)
+
+
+def release_room(model: nn.Module) -> None:
+    """Give up the room that was reserved, if any."""
+    if existing_stack(model) is not None:
+        with _changing(model) as stack:
+            stack.drop_room()
 
 
 def resolve(stack: Stack, path: str) -> str:
@@ -188,7 +212,7 @@ def _mergeable(model: nn.Module) -> Iterator[tuple[nn.Module, LayerState]]:
     stack = existing_stack(model)
     for layer in stack.layers.values() if stack and not _group_offloaded(model) else ():
         state = state_of(layer)
-        if state is not None and state.active() and _keeps_its_weight(layer, state.base_class):
+        if state is not None and state.on and _keeps_its_weight(layer, state.base_class):
             yield layer, state
 
 

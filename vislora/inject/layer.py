@@ -32,35 +32,36 @@ Forward = Callable[..., Tensor]
 class LayerState:
     """Every adapter on one layer, in the order of their names, so that a sum never depends on loading order.
 
-    `merges`: the engine is a merged weight, wherever the strengths allow one. `merged`: the base weight with the active
-    deltas in it, as `source` (weight, its version) was when it was computed. `parts`: what is computed beside the base
-    when there is none. Both are made on first use and dropped by every change.
+    `on`: those of the adapters that have an effect. `merges`: the engine is a merged weight, wherever the strengths
+    allow one. `merged`: the base weight with the active deltas in it, as `source` (weight, its version) was when it was
+    computed. `parts`: what is computed beside the base when there is none. Both are made on first use and dropped by
+    every change. `room`: reserved for a compiled model; then it is the one part, always.
     """
 
     base_class: type[nn.Module]
     adapters: dict[str, LayerAdapter] = field(default_factory=dict)
+    on: dict[str, LayerAdapter] = field(default_factory=dict)
+    room: Part | None = None
     merges: bool = False
     merged: Tensor | None = None
     source: tuple[weakref.ref[Tensor], int] | None = None
     parts: list[Part] | None = None
 
-    def add(self, name: str, adapter: LayerAdapter) -> None:
-        """Add an adapter."""
-        self.adapters[name] = adapter
-        self.adapters = dict(sorted(self.adapters.items()))
-        self.change()
+    def change(self, name: str) -> None:
+        """Take note of the adapter `name`, new or gone or of a new strength; drop what was made of it as it was."""
+        self.on.pop(name, None)
+        if name in self.adapters and self.adapters[name].is_active:
+            self.on = dict(sorted([*self.on.items(), (name, self.adapters[name])]))
+        self.drop()
 
-    def change(self) -> None:
-        """Drop what was made of the adapters as they were."""
-        self.merged = self.parts = None
-
-    def active(self) -> list[LayerAdapter]:
-        """Return the adapters whose strength is not zero everywhere and always."""
-        return [adapter for adapter in self.adapters.values() if adapter.is_active]
+    def drop(self) -> None:
+        """Drop what was made of the adapters."""
+        self.merged = None
+        self.parts = [self.room] if self.room is not None else None
 
     def prepare(self, layer: nn.Module) -> None:
         """Make what the engine of this layer needs, once after each change."""
-        active = self.active()
+        active = list(self.on.values())
         constant = all(adapter.is_constant for adapter in active)
         if self.merges and active and constant and not torch.compiler.is_compiling():
             self.merge(layer.weight)  # type: ignore[arg-type]
@@ -72,7 +73,7 @@ class LayerState:
         # no inference tensor, which later passes with gradients could not use
         with torch.inference_mode(False), torch.no_grad():
             total = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-            for adapter in self.active():
+            for adapter in self.on.values():
                 total = total + adapter.delta(weight.detach())
             self.merged = total.to(weight.dtype)
         self.source = weakref.ref(weight), _version(weight)
@@ -163,18 +164,14 @@ def put_on(layer: nn.Module, path: str, name: str, adapter: LayerAdapter) -> Non
     Raises `AdapterMismatchError` when something replaced the layer's `forward`, so that the adapter would be bypassed,
     and `ConfigError` when the layer has an adapter of this name already.
     """
-    _require_reachable(layer, path, "load")
-    state = state_of(layer)
-    if state is None:
-        base_class = type(layer)
-        _change_class(layer, adapted_class(base_class))
-        state = layer.__dict__[STATE] = LayerState(base_class)
-    elif name in state.adapters:
+    state = _adapted_state(layer, path)
+    if name in state.adapters:
         raise ConfigError(
             f"layer '{path}' has an adapter named '{name}' already, put there through another model that shares the "
             "layer; choose another name"
         )
-    state.add(name, adapter)
+    state.adapters[name] = adapter
+    state.change(name)
 
 
 def take_off(layer: nn.Module, path: str, name: str) -> None:
@@ -184,8 +181,31 @@ def take_off(layer: nn.Module, path: str, name: str) -> None:
     if state is None or name not in state.adapters:
         return
     del state.adapters[name]
-    state.change()
-    if not state.adapters:
+    state.change(name)
+    _release(layer, state)
+
+
+def set_room(layer: nn.Module, path: str, room: Part | None) -> None:
+    """Give `layer` room that is reserved for adapters, with or without any on it, or take the room away."""
+    state = _adapted_state(layer, path)
+    state.room = room
+    state.drop()
+    _release(layer, state)
+
+
+def _adapted_state(layer: nn.Module, path: str) -> LayerState:
+    _require_reachable(layer, path, "load")
+    state = state_of(layer)
+    if state is None:
+        base_class = type(layer)
+        _change_class(layer, adapted_class(base_class))
+        state = layer.__dict__[STATE] = LayerState(base_class)
+    return state
+
+
+def _release(layer: nn.Module, state: LayerState) -> None:
+    """Give the layer its own class back when nothing is left on it."""
+    if not state.adapters and state.room is None:
         _change_class(layer, state.base_class)
         del layer.__dict__[STATE]
 
@@ -193,7 +213,7 @@ def take_off(layer: nn.Module, path: str, name: str) -> None:
 def require_removable(layer: nn.Module, path: str, name: str) -> None:
     """Raise `AdapterMismatchError` when `layer` was changed on top of its last adapter, so that it cannot leave."""
     state = state_of(layer)
-    if state is None or list(state.adapters) != [name]:
+    if state is None or list(state.adapters) != [name] or state.room is not None:
         return
     if type(layer) is not adapted_class(state.base_class):
         raise AdapterMismatchError(

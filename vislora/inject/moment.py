@@ -32,12 +32,13 @@ Share = tuple[str, tuple[float, ...], int]
 class Moment:
     """One forward of a model, as its layers see it.
 
-    component, strengths: of the model's stack, by adapter; one strength, or one per image. rows: of the model's input.
-    loop: what tells the progress.
+    component, strengths: of the model's stack, by adapter; one strength, or one per image. varying: those of them that
+    depend on the moment. rows: of the model's input. loop: what tells the progress.
     """
 
     component: str = "denoiser"
     strengths: dict[str, tuple[Strength, ...]] = field(default_factory=dict)
+    varying: dict[str, tuple[Strength, ...]] = field(default_factory=dict)
     loop: Loop | None = None
     rows: int | None = None
     progress: float = 0.0
@@ -48,20 +49,23 @@ class Moment:
     @property
     def images(self) -> int:
         """Return the number of images that strengths were given for, 1 when they are the same for all."""
-        return max((len(strengths) for strengths in self.strengths.values()), default=1)
+        return max((len(strengths) for strengths in self.varying.values()), default=1)
 
     @property
     def is_needed(self) -> bool:
         """Say whether a strength depends on the moment."""
-        return any(map(varies, self.strengths.values()))
+        return bool(self.varying)
 
     def give(self, name: str, strengths: tuple[Strength, ...] | None) -> None:
         """Set the strengths of an adapter, or forget them."""
         self._made, self._signature = {}, None
+        self.varying.pop(name, None)
         if strengths is None:
             del self.strengths[name]
-        else:
-            self.strengths[name] = strengths
+            return
+        self.strengths[name] = strengths
+        if varies(strengths):
+            self.varying[name] = strengths
 
     def begin(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Read what the model is called with. Raises a `VisloraError` for what the strengths do not fit."""
@@ -69,7 +73,7 @@ class Moment:
         if first is None:
             raise AdapterMismatchError(f"{type(model).__name__} is called without a tensor: nothing tells its rows")
         self.rows = first.shape[0]
-        given = [strength for strengths in self.strengths.values() for strength in strengths]
+        given = [strength for strengths in self.varying.values() for strength in strengths]
         if self._is_denoiser:
             self._require_rows(self.rows)
             regions = [strength.region for strength in given if strength.region is not None]
@@ -78,7 +82,7 @@ class Moment:
                 region.require_shape(*self.places.sides)  # type: ignore[union-attr]
             if any(strength.steps is not None for strength in given):
                 self.progress = progress_of(self.loop, args, kwargs)
-        signature = self.rows, self.places, tuple((name, self._over(name)) for name in self.strengths)
+        signature = self.rows, self.places, tuple((name, self._over(name)) for name in self.varying)
         if signature != self._signature:
             self._made, self._signature = {}, signature
 
@@ -99,6 +103,14 @@ class Moment:
             ]
             self._made[key] = torch.cat(wide, axis).to(out.device, out.dtype)
         return self._made[key]
+
+    def values(self, name: str) -> list[float]:
+        """Return value times steps of an adapter for each row of the model."""
+        given = [one.value * over for one, over in zip(self.strengths[name], self._over(name), strict=True)]
+        if len(given) == 1:
+            return given * (self.rows or 1)
+        self.require_agreement(name, torch.tensor(given).unbind(), name)
+        return [given[image] for image in self.image_rows(self.rows or 1, name)]
 
     def image_rows(self, here: int, path: str) -> tuple[int, ...]:
         """Return the image of each of `here` rows of the layer at `path`. Raises `AdapterMismatchError`."""

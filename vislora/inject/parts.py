@@ -149,7 +149,7 @@ class Joined:
         """Copy the slots of `adapters`, which fit `layer`, into two matrices."""
         constant = all(adapter.is_constant for adapter in adapters)
         factors = [adapter.scale * (adapter.strengths[0] if constant else 1.0) for adapter in adapters]
-        ups = [_scaled(_up(adapter), factor) for adapter, factor in zip(adapters, factors, strict=True)]
+        ups = [scaled(_up(adapter), factor) for adapter, factor in zip(adapters, factors, strict=True)]
         kernel = layer.weight.shape[2:] if isinstance(layer, Conv) else ()
         down = torch.cat([adapter.slots["down"].flatten(1) for adapter in adapters])
         up = torch.cat(ups, 1)
@@ -219,7 +219,7 @@ class PerImage:
             strength = adapter.strength_on(image)
             if strength != 0.0:
                 downs.append(adapter.slots["down"].flatten(1))
-                ups.append(_scaled(_up(adapter), adapter.scale * strength))
+                ups.append(scaled(_up(adapter), adapter.scale * strength))
         return torch.cat(downs), torch.cat(ups, 1)
 
 
@@ -228,7 +228,7 @@ def parts_of(adapters: Sequence[LayerAdapter], layer: nn.Module) -> list[Part]:
     joinable: dict[int, list[LayerAdapter]] = defaultdict(list)
     parts: list[Part] = []
     for adapter in adapters:
-        if _can_join(adapter, layer):
+        if can_join(adapter, layer):
             joinable[id(adapter.moment)].append(adapter)
         else:
             parts.append(adapter)
@@ -243,10 +243,16 @@ def _joined(adapters: list[LayerAdapter], layer: nn.Module) -> Part:
     return Joined.of(adapters, layer)
 
 
-def _can_join(adapter: LayerAdapter, layer: nn.Module) -> bool:
+def can_join(adapter: LayerAdapter, layer: nn.Module) -> bool:
+    """Say whether `adapter` is a plain frozen LoRA, on a layer where several can be computed as one."""
     plain = adapter.algorithm.name == "lora" and adapter.slots.keys() == PLAIN and adapter.magnitude is None
     frozen = not adapter.training and not any(slot.requires_grad for slot in adapter.slots.values())
-    return plain and frozen and (isinstance(layer, nn.Linear) or (isinstance(layer, Conv) and layer.groups == 1))
+    return plain and frozen and takes_lora(layer)
+
+
+def takes_lora(layer: nn.Module) -> bool:
+    """Say whether `layer` is of a kind whose LoRAs can be joined."""
+    return isinstance(layer, nn.Linear) or (isinstance(layer, Conv) and layer.groups == 1)
 
 
 def _mostly_apart(adapters: Sequence[LayerAdapter]) -> bool:
@@ -271,6 +277,6 @@ def _up(adapter: LayerAdapter) -> Tensor:
     return adapter.slots["up"].flatten(1)
 
 
-def _scaled(tensor: Tensor, factor: float) -> Tensor:
+def scaled(tensor: Tensor, factor: float) -> Tensor:
     """Multiply in float32 (a float64 tensor: in that) and round once."""
     return (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor).to(tensor.dtype)

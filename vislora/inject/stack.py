@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch.utils.hooks import RemovableHandle
 
 from vislora.errors import ConfigError, nearest
 from vislora.inject.fused import Watch, can_fuse, require_run, watches
-from vislora.inject.layer import put_on, require_removable, state_of, take_off
+from vislora.inject.layer import put_on, require_removable, set_room, state_of, take_off
 from vislora.inject.moment import Moment, varies
 from vislora.inject.parts import LayerAdapter
+from vislora.inject.reserve import Reserve, Room, is_active
 from vislora.inject.strength import Strength, per_image
 from vislora.inject.targets import adaptable, aliases, plain_path, unwrapped
 
@@ -27,7 +28,9 @@ class Stack:
 
     `moment`: the strengths, and what they depend on while the model runs. `attentions`: path -> module whose layers
     diffusers may fuse; `watches`: those of them with adapters; `hook`: asks them before every forward of the model;
-    `clock`: begins the moment before every forward, while a strength depends on it.
+    `clocks`: begin the moment before every forward, while a strength depends on it; `begins_outside`: one of them
+    stands before what `torch.compile` returned. `paths`, `ranks`: the layers of each adapter, and its largest rank;
+    `reserve`: room for them in a compiled model.
     """
 
     layers: dict[str, nn.Module]
@@ -35,10 +38,13 @@ class Stack:
     moment: Moment = field(default_factory=Moment)
     attentions: dict[str, nn.Module] = field(default_factory=dict)
     paths: dict[str, list[str]] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    reserve: Reserve | None = None
     frozen: dict[str, list[tuple[nn.Module, str]]] = field(default_factory=dict)
     watches: list[Watch] = field(default_factory=list)
     hook: RemovableHandle | None = None
-    clock: RemovableHandle | None = None
+    clocks: list[RemovableHandle] = field(default_factory=list)
+    begins_outside: bool = False
 
     @property
     def strengths(self) -> dict[str, tuple[Strength, ...]]:
@@ -55,6 +61,9 @@ class Stack:
             raise ConfigError(f"an adapter named '{name}' is loaded already; eject it first or choose another name")
         strengths = per_image(name, strength)
         require_run(name, adapters, self.attentions)
+        if self.reserve is not None:
+            self.reserve.require_layers(name, adapters, self.layers)
+            self.reserve.require_room({**self.ranks, name: _rank(adapters)}, {**self.strengths, name: strengths})
         done: list[str] = []
         try:
             for path, adapter in adapters.items():
@@ -68,20 +77,73 @@ class Stack:
             raise
         self.moment.give(name, strengths)
         self.paths[name] = done
+        self.ranks[name] = _rank(adapters)
         self._watch()
+        self._write(name)
 
     def set_strength(self, name: str, strength: Any) -> None:
         """Change the strength of `name` on all of its layers: a number, a `Strength`, or one per image of the batch.
 
         What was made of the old one, such as a merged weight, is dropped.
         """
-        strengths = per_image(name, strength)
-        for path in self.paths[self._known(name)]:
-            state = state_of(self.layers[path])
-            if state is not None:
-                self._tune(state.adapters[name], strengths)
-                state.change()
-        self.moment.give(name, strengths)
+        self.set_strengths({name: per_image(name, strength)})
+
+    def set_strengths(self, given: Mapping[str, tuple[Strength, ...]]) -> None:
+        """Change strengths, all or none."""
+        self.require_room(given)
+        for name, strengths in given.items():
+            for path in self.paths[self._known(name)]:
+                state = state_of(self.layers[path])
+                if state is not None:
+                    self._tune(state.adapters[name], strengths)
+                    state.change(name)
+            self.moment.give(name, strengths)
+        self._write()
+
+    def require_room(self, given: Mapping[str, tuple[Strength, ...]]) -> None:
+        """Raise `ConfigError` when this model is reserved and has no room for these strengths."""
+        for name in given:
+            self._known(name)
+        if self.reserve is not None:
+            self.reserve.require_room(self.ranks, {**self.strengths, **given})
+
+    def make_room(self, max_rank: int, paths: Iterable[str]) -> None:
+        """Reserve room for a joint rank of `max_rank` on the layers at `paths`; on any failure nothing is changed."""
+        reserve = Reserve(max_rank)
+        ranks = {name: _rank(self._on_layers(name)) for name in self.strengths}
+        reserve.rooms = {path: Room.beside(self.layers[path], reserve) for path in paths}
+        for name in self.strengths:
+            reserve.require_layers(name, self._on_layers(name), self.layers)
+        reserve.require_room(ranks, self.strengths)
+        done: list[str] = []
+        try:
+            for path, room in reserve.rooms.items():
+                set_room(self.layers[path], path, room)
+                done.append(path)
+        except BaseException:
+            for path in done:
+                set_room(self.layers[path], path, None)
+            raise
+        self.reserve, self.ranks = reserve, ranks
+        self._watch()
+        self._write()
+
+    def drop_room(self) -> None:
+        """Give up what was reserved."""
+        for path in self.reserve.rooms if self.reserve else ():
+            set_room(self.layers[path], path, None)
+        self.reserve = None
+        self._watch()
+
+    def _on_layers(self, name: str) -> dict[str, LayerAdapter]:
+        states = {path: state_of(self.layers[path]) for path in self.paths[name]}
+        return {path: state.adapters[name] for path, state in states.items() if state is not None}
+
+    def _write(self, changed: str = "") -> None:
+        if self.reserve is not None:
+            self.reserve.forget(changed)
+            on = {name: self._on_layers(name) for name, given in self.strengths.items() if is_active(given)}
+            self.reserve.write(self.ranks, self.moment, on)
 
     def _tune(self, adapter: LayerAdapter, strengths: Sequence[Strength]) -> None:
         found = tuple(strength.on(self.moment.component, adapter.path) for strength in strengths)
@@ -96,9 +158,10 @@ class Stack:
             require_removable(self.layers[path], path, name)
         for path in paths:
             take_off(self.layers[path], path, name)
-        del self.paths[name]
+        del self.paths[name], self.ranks[name]
         self.moment.give(name, None)
         self._watch()
+        self._write(name)
         self._thaw(name)
 
     def freeze(self, model: nn.Module, name: str) -> None:
@@ -124,7 +187,8 @@ class Stack:
                 parameter.requires_grad_(True)
 
     def _watch(self) -> None:
-        adapted = {path: self.layers[path] for paths in self.paths.values() for path in paths}
+        paths = [self.reserve.rooms] if self.reserve else self.paths.values()
+        adapted = {path: self.layers[path] for found in paths for path in found}
         self.watches = watches(adapted, self.attentions)
 
     def _known(self, name: str) -> str:
@@ -160,12 +224,8 @@ def settle(model: nn.Module) -> None:
     if not stack.watches and stack.hook is not None:
         stack.hook.remove()
         stack.hook = None
-    if stack.moment.is_needed and stack.clock is None:
-        stack.clock = model.register_forward_pre_hook(_begin, with_kwargs=True)
-    if not stack.moment.is_needed and stack.clock is not None:
-        stack.clock.remove()
-        stack.clock = None
-    if not stack.strengths:
+    _settle_clocks(model, stack, stack.moment.is_needed or stack.reserve is not None)
+    if not stack.strengths and stack.reserve is None:
         del unwrapped(model).__dict__[STACK]
 
 
@@ -176,9 +236,42 @@ def _require_run(model: nn.Module, args: object) -> None:
         watch.require_run()
 
 
-@torch.compiler.disable(reason="strengths that depend on image, step or place are set outside of the graph")
+def _settle_clocks(model: nn.Module, stack: Stack, timed: bool) -> None:
+    """Have the moment begun before every forward: of the model, and outside of the graph that `torch.compile` made."""
+    inner = unwrapped(model)
+    if timed and not stack.clocks:
+        stack.clocks.append(inner.register_forward_pre_hook(_begin, with_kwargs=True))
+    if timed and model is not inner and not stack.begins_outside:
+        stack.clocks.append(model.register_forward_pre_hook(_begin_outside, with_kwargs=True))
+        stack.begins_outside = True
+    if not timed:
+        for clock in stack.clocks:
+            clock.remove()
+        stack.clocks.clear()
+        stack.begins_outside = False
+
+
 def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Stand before every forward of a model whose strengths depend on it."""
+    """Begin the moment, unless that was done outside of the graph that is traced here."""
     stack = existing_stack(model)
-    if stack is not None:
-        stack.moment.begin(unwrapped(model), args, kwargs)
+    if stack is not None and not (torch.compiler.is_compiling() and stack.begins_outside):
+        _begin_now(model, args, kwargs)
+
+
+def _begin_outside(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if existing_stack(model) is not None:
+        _begin_now(model, args, kwargs)
+
+
+@torch.compiler.disable(reason="compile first, then load adapters or reserve: strengths are set outside of the graph")
+def _begin_now(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    stack = existing_stack(model)
+    assert stack is not None
+    stack.moment.begin(unwrapped(model), args, kwargs)
+    if stack.reserve is not None:
+        stack.reserve.begin(stack.moment)
+
+
+def _rank(adapters: Mapping[str, LayerAdapter]) -> int:
+    """Return the largest rank on any layer."""
+    return max((adapter.algorithm.rank(adapter.slots) for adapter in adapters.values()), default=0)

@@ -12,7 +12,7 @@ from torch import nn
 from vislora import formats
 from vislora.errors import AdapterFileError, AdapterMismatchError, ConfigError, listed, nearest
 from vislora.formats.adapter_file import AdapterFile, AdapterModule
-from vislora.inject.injection import FileModule, find_misfits, inject_modules
+from vislora.inject.injection import FileModule, find_misfits, inject_modules, release_room, reserve_room
 from vislora.inject.injection import eject as eject_from
 from vislora.inject.progress import Loop
 from vislora.inject.stack import Stack, existing_stack, settle
@@ -107,11 +107,44 @@ def set_strengths(pipeline: Any, strengths: Mapping[str, Given]) -> None:
         _require_loaded(stacks, name)
     checked = {name: per_image(name, given) for name, given in strengths.items()}
     _require_fitting({**_set(stacks), **checked}, components)
-    for name, given in checked.items():
-        for stack in stacks.values():
-            if name in stack.strengths:
-                stack.set_strength(name, given)
+    changes = {
+        component: {name: given for name, given in checked.items() if name in stack.strengths}
+        for component, stack in stacks.items()
+    }
+    for component, stack in stacks.items():
+        stack.require_room(changes[component])
+    for component, stack in stacks.items():
+        stack.set_strengths(changes[component])
     _follow(pipeline, components)
+
+
+def reserve(pipeline: Any, max_rank: int, layers: str | Sequence[str] = "all") -> None:
+    """Reserve room for LoRAs in every component, so that no change of adapters recompiles what `torch.compile` made.
+
+    `max_rank`: what the ranks of the active adapters may come to, on every layer; any number may be loaded. `layers`: a
+    preset (attention, attention-ff, all, every-layer) or patterns; adapters with other layers are then refused, and so
+    are algorithms other than plain LoRA. Call it after `torch.compile`, once; it costs what a LoRA of `max_rank` does.
+    Raises `ConfigError` or `AdapterMismatchError`; then nothing is changed.
+    """
+    if isinstance(max_rank, bool) or not isinstance(max_rank, int) or max_rank < 1:
+        raise ConfigError(f"max_rank is {max_rank!r}: give a whole number of at least 1")
+    _, components = components_of(pipeline)
+    done: list[nn.Module] = []
+    try:
+        for model in components.values():
+            reserve_room(model, max_rank, layers)
+            done.append(model)
+    except BaseException:
+        for model in done:
+            release_room(model)
+        raise
+    _follow(pipeline, components)
+
+
+def unreserve(pipeline: Any) -> None:
+    """Give up the room that `reserve` made; the adapters stay."""
+    for model in components_of(pipeline)[1].values():
+        release_room(model)
 
 
 def _require_fitting(strengths: Mapping[str, Sequence[Strength]], components: Mapping[str, nn.Module]) -> None:
