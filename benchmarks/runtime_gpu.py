@@ -23,13 +23,19 @@ from typing import Any
 import torch
 
 from benchmarks import shapes
-from vislora.inject.injection import eject, inject_modules, merge, release_room, reserve_room, unmerge
+from vislora.inject.engines import merge, unmerge
+from vislora.inject.injection import eject, inject_modules, release_room, reserve_room
 from vislora.inject.stack import settle, stack_of
 
 RANK = 16
 COUNTS = (1, 4, 16)
 TINY_UNET: dict[str, Any] = {"transformer_layers_per_block": [1, 1, 1], "layers_per_block": 1}
-TINY_FLUX: dict[str, Any] = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "joint_attention_dim": 64}
+TINY_FLUX: dict[str, Any] = {
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 64,
+}
 
 
 @dataclass

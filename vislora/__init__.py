@@ -16,6 +16,7 @@ _PUBLIC = {
     "eject": "vislora.jobs.pipelines:eject",
     "reserve": "vislora.jobs.pipelines:reserve",
     "unreserve": "vislora.jobs.pipelines:unreserve",
+    "explain": "vislora.jobs.pipelines:explain",
     "Strength": "vislora.inject.strength:Strength",
     "train": "vislora.jobs.train:train",
     "generate": "vislora.jobs.generate:generate",

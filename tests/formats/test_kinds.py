@@ -7,13 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests import tiny
 from tests.formats.format_helpers import module, same_tensors
 from vislora import formats
 from vislora.algebra.compare import compare
-from vislora.errors import AdapterFileError, AdapterMismatchError
+from vislora.errors import AdapterFileError
 from vislora.formats import AdapterFile, AdapterModule
-from vislora.inject.injection import FileModule, inject_modules
 from vislora.jobs.inspect import as_text, inspect
 
 LINEAR = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -209,15 +207,6 @@ def test_biases_are_added_as_they_are_or_times_the_scale(tmp_path):
     formats.save(scaled, tmp_path / "c.safetensors", "kohya")
     same_tensors(tmp_path / "c.safetensors", load_file(tmp_path / "a.safetensors"))
     assert read(tmp_path, lora()).bias_delta(LINEAR) is None
-
-
-def test_a_norm_and_a_bias_cannot_be_run_and_say_so(tmp_path):
-    norm = read(tmp_path, {"w_norm": numbers(32)}, flat="lora_unet_mid_block_attentions_0_norm").modules[0]
-    wanted = FileModule(norm.path, norm.algorithm.name, norm.tensors, norm.scale)
-    with pytest.raises(AdapterMismatchError, match="a change of kind 'norm' cannot be run"):
-        inject_modules(tiny.model("unet"), "a", [wanted])
-    with pytest.raises(AdapterFileError, match="is of kind lora with a bias"):
-        read(tmp_path, {**lora(), "diff_b": numbers(8)}).modules[0].algorithm  # noqa: B018
 
 
 def test_two_biases_of_one_module_are_refused(tmp_path):

@@ -16,7 +16,8 @@ from vislora.algebra.compare import compare
 from vislora.algorithms.base import LayerSpec
 from vislora.errors import AdapterFileError
 from vislora.formats import AdapterFile, AdapterModule
-from vislora.inject.injection import FileModule, inject_modules, merge
+from vislora.inject.engines import merge
+from vislora.inject.injection import FileModule, inject_modules
 from vislora.inject.targets import adaptable
 from vislora.registry import ALGORITHMS
 
@@ -83,7 +84,7 @@ def test_a_file_on_a_model_equals_its_delta_added_to_the_weights(kind, tucker, t
         name: value.double() if value.is_floating_point() else value for name, value in tiny.unet_inputs().items()
     }
     expected = changed(model, read)(**inputs).sample
-    modules = [FileModule(item.path, item.algorithm.name, item.tensors, item.scale) for item in read.modules]
+    modules = [FileModule(item.path, item.algo, item.tensors, item.scale) for item in read.modules]
     assert inject_modules(model, "a", modules) == []
     torch.testing.assert_close(model(**inputs).sample, expected, rtol=0, atol=1e-10)
     merge(model)

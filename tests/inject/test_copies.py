@@ -15,7 +15,8 @@ from torch.nn.utils import parametrize
 from tests import tiny
 from tests.inject.helpers import Picture, file_modules, loaded, randomise, training
 from vislora.errors import AdapterMismatchError
-from vislora.inject.injection import FileModule, eject, inject_modules, merge
+from vislora.inject.engines import merge
+from vislora.inject.injection import FileModule, eject, inject_modules
 from vislora.inject.layer import AdapterLayer
 from vislora.inject.stack import existing_stack, stack_of
 from vislora.inject.targets import Target, adaptable, select

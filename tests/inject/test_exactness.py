@@ -15,7 +15,8 @@ from torch import nn
 from tests import tiny
 from tests.inject.helpers import Picture, file_modules, loaded, require_equal_states, training
 from vislora.errors import ConfigError
-from vislora.inject.injection import eject, inject_modules, merge, unmerge
+from vislora.inject.engines import merge, unmerge
+from vislora.inject.injection import eject, inject_modules
 from vislora.inject.stack import existing_stack, stack_of
 
 # the last block of an MM-DiT throws the text's half of its attention away

@@ -12,7 +12,8 @@ from torch import nn
 from tests import tiny
 from tests.inject.helpers import Picture, file_modules, loaded
 from vislora.errors import AdapterMismatchError, ConfigError
-from vislora.inject.injection import FileModule, inject_modules, merge
+from vislora.inject.engines import merge
+from vislora.inject.injection import FileModule, inject_modules
 from vislora.inject.layer import state_of
 from vislora.inject.stack import existing_stack, stack_of
 from vislora.inject.strength import Strength

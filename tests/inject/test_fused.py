@@ -15,7 +15,8 @@ from tests import tiny
 from tests.inject.helpers import Picture, file_modules, loaded, training
 from tests.layers import drawn
 from vislora.errors import AdapterMismatchError
-from vislora.inject.injection import FileModule, eject, inject_modules, merge
+from vislora.inject.engines import merge
+from vislora.inject.injection import FileModule, eject, inject_modules
 from vislora.inject.stack import existing_stack
 from vislora.inject.targets import adaptable
 from vislora.registry import ALGORITHMS

@@ -25,7 +25,8 @@ from torch import nn
 from tests import tiny
 from tests.inject.helpers import Picture, loaded, randomise, training
 from vislora.errors import AdapterMismatchError
-from vislora.inject.injection import eject, merge
+from vislora.inject.engines import merge
+from vislora.inject.injection import eject
 from vislora.inject.layer import STATE
 from vislora.inject.stack import STACK
 

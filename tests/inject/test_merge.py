@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tests import tiny
 from tests.inject.helpers import Picture, chosen, file_modules, loaded, require_equal_states
 from tests.layers import CASES, goes_on
-from vislora.inject.injection import eject, inject_modules, merge, unmerge
+from vislora.inject.engines import merge, unmerge
+from vislora.inject.injection import eject, inject_modules
 from vislora.inject.layer import state_of
 from vislora.inject.stack import stack_of
 from vislora.registry import ALGORITHMS

@@ -241,3 +241,34 @@ def test_steps_without_a_scheduler_are_refused():
     vislora.set_strengths(unet, {"a": 1.0})
     assert tiny.output(unet, "unet").isfinite().all()
     assert not unet.__dict__["_vislora_stack"].clocks
+
+
+def test_the_engine_is_picked_by_rule_and_explained():
+    pipeline = put(put(fresh("sd"), "a", 1), "b", 2, 0.0)
+    count = len(pipeline.unet.__dict__["_vislora_stack"].paths["a"])
+    lines = vislora.explain(pipeline)
+    assert f"denoiser: a: {count} layers merged: one strength for all images, steps and places" in lines
+    assert f"denoiser: b: {count} layers not computed: strength 0" in lines
+    merged = images(pipeline)
+    vislora.set_strengths(pipeline, {}, engine="stacked")
+    assert f"denoiser: a: {count} layers stacked: asked for" in vislora.explain(pipeline)
+    near(images(pipeline), merged)
+    vislora.set_strengths(pipeline, {"a": [1.0, 0.0, 0.0], "b": [0.0, 1.0, 0.0]}, engine="auto")
+    found = vislora.explain(pipeline)
+    assert any(line.endswith("per image: every image has a few of the adapters") for line in found)
+    assert any(" stacked: the strength of a, b differs by image, step or place" in line for line in found)  # convs
+    vislora.set_strengths(pipeline, {"a": Strength(steps=(0, 0.5), components={"te": 0.0}), "b": 0.0})
+    found = vislora.explain(pipeline)
+    assert f"denoiser: a: {count} layers stacked: the strength of a differs by image, step or place" in found
+    assert any(line.startswith("te:clip_l: a:") and "not computed" in line for line in found)
+    with pytest.raises(ConfigError, match=r"unknown engine 'merge' \(did you mean 'merged'\?\)"):
+        vislora.set_strengths(pipeline, {}, engine="merge")
+    vislora.eject(pipeline)
+    assert vislora.explain(pipeline) == []
+
+
+def test_half_precision_computes_beside_the_base_unless_asked():
+    pipeline = put(fresh("sd").to(torch.bfloat16), "a")
+    assert any("stacked: bfloat16 would round small changes away" in line for line in vislora.explain(pipeline))
+    vislora.set_strengths(pipeline, {}, engine="merged")
+    assert all("merged:" in line for line in vislora.explain(pipeline))

@@ -16,9 +16,13 @@ from vislora.errors import ConfigError
 Slots = Mapping[str, Tensor]
 Rule = Literal["alpha/r", "alpha/sqrt(r)", "scale", "none", "constraint", "ignored"]
 Init = Literal["kaiming", "gaussian"]
-Kind = Literal["linear", "conv", "embedding"]
+Kind = Literal["linear", "conv", "embedding", "norm"]
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 KINDS: frozenset[Kind] = frozenset({"linear", "conv", "embedding"})
+"""Those that fresh adapters are put on; a norm only takes what a file holds for it."""
+RMS_NORMS = ("RMSNorm", "T5LayerNorm")
+"""How the names of their classes end: torch, diffusers and transformers each have their own."""
 ANY = -1
 """In the shape of a delta: a size that the slots do not tell."""
 
@@ -27,7 +31,7 @@ ANY = -1
 class LayerSpec:
     """What an algorithm has to know of a base layer.
 
-    `weight_shape`: linear (out, in); conv (out, in / groups, *kernel); embedding (entries, width).
+    `weight_shape`: linear (out, in); conv (out, in / groups, *kernel); embedding (entries, width); norm (channels,).
     """
 
     kind: Kind
@@ -47,6 +51,15 @@ class LayerSpec:
         if isinstance(layer, Conv):
             shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
             return LayerSpec("conv", shape, layer.groups)
+        return None
+
+    @staticmethod
+    def of_norm(layer: nn.Module) -> LayerSpec | None:
+        """Describe `layer` when it is a LayerNorm, GroupNorm or RMSNorm with a weight per channel, else return None."""
+        weight = getattr(layer, "weight", None)
+        known = isinstance(layer, (nn.LayerNorm, nn.GroupNorm)) or type(layer).__name__.endswith(RMS_NORMS)
+        if known and isinstance(weight, Tensor) and weight.dim() == 1:
+            return LayerSpec("norm", tuple(weight.shape))
         return None
 
 
@@ -162,12 +175,30 @@ def block_size(size: int, rank: int) -> int:
 
 def add_weight(x: Tensor, base_out: Tensor, delta: Tensor, layer: nn.Module) -> Tensor:
     """Return `base_out` plus what `layer` computes with `delta` as its weight; a flat delta gets the weight's shape."""
-    spec = LayerSpec.of(layer)
+    spec = LayerSpec.of(layer) or LayerSpec.of_norm(layer)
+    if spec is not None and spec.kind == "norm":
+        return base_out + _normalised(x, layer) * delta.reshape(
+            -1, *[1] * (x.dim() - 2 if by_second_axis(layer) else 0)
+        )
     if spec is None:
         raise TypeError(f"no adapters on {type(layer).__name__}")
     weight = delta.reshape(spec.weight_shape)
     # without the layer's padding_idx, which would keep gradients from that entry's delta
     return base_out + (F.embedding(x, weight) if spec.kind == "embedding" else apply_weight(layer, x, weight, None))
+
+
+def by_second_axis(layer: nn.Module) -> bool:
+    """Say whether the channels of what `layer` gives are its axis 1, and not the last one."""
+    return isinstance(layer, (*CONVS, nn.GroupNorm))
+
+
+def _normalised(x: Tensor, layer: nn.Module) -> Tensor:
+    """Return what a norm multiplies its weight with."""
+    if isinstance(layer, nn.GroupNorm):
+        return F.group_norm(x, layer.num_groups, eps=layer.eps)
+    if isinstance(layer, nn.LayerNorm):
+        return F.layer_norm(x, layer.normalized_shape, eps=layer.eps)
+    return F.rms_norm(x, x.shape[-1:], eps=getattr(layer, "eps", getattr(layer, "variance_epsilon", None)))
 
 
 def apply_weight(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

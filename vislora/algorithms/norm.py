@@ -1,15 +1,13 @@
 """Norm: the change of the weight of a LayerNorm, GroupNorm or RMSNorm (LyCORIS' `train_norm`); its bias is apart.
 
-Slot: w_norm (channels,). Such layers are none that adapters are put on, so a model cannot run it; files hold, compare
-and convert it.
+Slot: w_norm (channels,). No layer gets it afresh: what files hold is run, compared and converted.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from vislora.algorithms.base import Algorithm, InitOptions, Kind, LayerSpec, Rule, Slots, require_kind
-from vislora.errors import ConfigError
+from vislora.algorithms.base import Algorithm, InitOptions, Kind, LayerSpec, Rule, Slots, add_weight, require_kind
 
 SLOTS = frozenset({"w_norm"})
 NO_KIND: frozenset[Kind] = frozenset()
@@ -27,8 +25,8 @@ def init(spec: LayerSpec, options: InitOptions) -> dict[str, Tensor]:
 
 
 def kinds(slots: Slots) -> frozenset[Kind]:
-    """Return no kind of layer."""
-    return NO_KIND
+    """Return norms."""
+    return frozenset({"norm"})
 
 
 def rank(slots: Slots) -> int:
@@ -54,8 +52,8 @@ def delta(slots: Slots, scale: float, base: Tensor | None = None) -> Tensor:
 def forward(
     x: Tensor, base_out: Tensor, slots: Slots, scale: float, layer: nn.Module, rank_dropout: float = 0.0
 ) -> Tensor:
-    """Raise `ConfigError`: a norm cannot be run beside its layer."""
-    raise ConfigError(f"a norm's change cannot be run on a {type(layer).__name__}; add its delta to the weight instead")
+    """Return base_out plus the norm with the change as its weight. No rank dropout."""
+    return add_weight(x, base_out, delta(slots, scale), layer)
 
 
 NORM = Algorithm(

@@ -1,23 +1,25 @@
 """Set: W' = W + scale * (set_weight - W), another weight in the place of a layer's (ComfyUI's `set_weight`).
 
 BFL's control LoRAs for FLUX.1 have it for the scales of their norms. Slot: set_weight, of the shape of the weight.
-ComfyUI puts it in whole, whatever the strength. No layer gets it afresh: it is read, compared and converted.
+ComfyUI puts it in whole, whatever the strength. No layer gets it afresh: what a file holds is run and converted.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from vislora.algorithms.base import (
+    KINDS,
     Algorithm,
     InitOptions,
     Kind,
     LayerSpec,
     Rule,
     Slots,
+    add_weight,
     require_kind,
 )
-from vislora.errors import ConfigError
 
 SLOTS = frozenset({"set_weight"})
 NO_KIND: frozenset[Kind] = frozenset()
@@ -35,8 +37,8 @@ def init(spec: LayerSpec, options: InitOptions) -> dict[str, Tensor]:
 
 
 def kinds(slots: Slots) -> frozenset[Kind]:
-    """Return no kind of layer."""
-    return NO_KIND
+    """Return all kinds of layers, norms too."""
+    return KINDS | {"norm"}
 
 
 def rank(slots: Slots) -> int:
@@ -64,8 +66,12 @@ def delta(slots: Slots, scale: float, base: Tensor | None = None) -> Tensor:
 def forward(
     x: Tensor, base_out: Tensor, slots: Slots, scale: float, layer: nn.Module, rank_dropout: float = 0.0
 ) -> Tensor:
-    """Raise `ConfigError`: such a module cannot be run beside its layer."""
-    raise ConfigError(f"another weight cannot be run on a {type(layer).__name__}; add its delta to the weight instead")
+    """Return base_out plus the layer with the change as its weight. No rank dropout."""
+    base: Tensor = layer.weight  # type: ignore[assignment]
+    # in float32: the difference of two weights that are nearly equal
+    wide = base.to(x.device, torch.promote_types(base.dtype, torch.float32))
+    change = delta({"set_weight": slots["set_weight"].to(wide.dtype)}, scale, wide)
+    return add_weight(x, base_out, change.to(slots["set_weight"].dtype), layer)
 
 
 SET = Algorithm(

@@ -65,18 +65,6 @@ class AdapterModule:
         return self.group if self.uncut else self.path
 
     @property
-    def algorithm(self) -> Algorithm:
-        """Return the algorithm that alone gives this module its meaning.
-
-        Raises `AdapterFileError` when there is none, for DoRA and for a bias: there the algorithm is only a part of it.
-        """
-        if self.magnitude is not None:
-            raise AdapterFileError(f"not supported yet: '{self.name}' is of kind dora ({self.algo} with a magnitude)")
-        if self.bias is not None:
-            raise AdapterFileError(f"not supported yet: '{self.name}' is of kind {self.algo} with a bias")
-        return self.direction_algorithm
-
-    @property
     def direction_algorithm(self) -> Algorithm:
         """Return the algorithm that knows these slots, whatever is on top. Raises `AdapterFileError`."""
         why = self.unsupported

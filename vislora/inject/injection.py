@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from vislora.algorithms.base import Algorithm, Init, InitOptions, LayerSpec, Rule, fits
+from vislora.algorithms.dora import Axis
 from vislora.errors import AdapterFileError, AdapterMismatchError, ConfigError, listed
-from vislora.inject.layer import LayerState, state_of
 from vislora.inject.parts import Dropout, LayerAdapter, takes_lora
 from vislora.inject.stack import Stack, existing_stack, settle, stack_of
 from vislora.inject.targets import PRESETS, Target, matches, unwrapped
@@ -83,12 +83,19 @@ def inject_fresh(model: nn.Module, name: str, chosen: Mapping[str, Target], opti
 
 @dataclass(frozen=True)
 class FileModule:
-    """One module of an adapter file as injection needs it. `path` is the file's own dotted path."""
+    """One module of an adapter file as injection needs it.
+
+    path: the file's own dotted path. magnitude, axis: DoRA's, on top. bias: the change of the layer's bias; when there
+    are no slots, it is all there is.
+    """
 
     path: str
     algorithm: str
     slots: Mapping[str, Tensor]
     scale: float
+    magnitude: Tensor | None = None
+    axis: Axis = "out"
+    bias: Tensor | None = None
 
 
 def inject_modules(
@@ -127,31 +134,6 @@ def eject(model: nn.Module, name: str) -> None:
         stack.remove(name)
 
 
-def merge(model: nn.Module) -> None:
-    """Compute W0 + the sum of the active deltas of every layer into a second buffer, in float32 with one rounding.
-
-    The base weight is only read. Layers that compute in a way of their own (quantised ones), whose weight is kept in so
-    few bits that a delta would drown in its rounding, or whose weight is away (offloading), stay unmerged. The buffer
-    follows a base weight that is loaded or written to later; only what is written through `.data` torch does not tell:
-    then merge again.
-    """
-    for layer, state in _mergeable(model):
-        state.merges = True
-        state.drop()
-        if state.room is None:
-            state.prepare(layer)
-
-
-def unmerge(model: nn.Module) -> None:
-    """Drop the merged buffers; the adapters compute beside the base again."""
-    stack = existing_stack(model)
-    for layer in stack.layers.values() if stack else ():
-        state = state_of(layer)
-        if state is not None:
-            state.merges = False
-            state.drop()
-
-
 def reserve_room(model: nn.Module, max_rank: int, layers: str | Sequence[str] = "all") -> None:
     """Reserve room for adapters on the layers of a preset or of patterns; see `jobs.pipelines.reserve`."""
     with _changing(model) as stack:
@@ -180,7 +162,7 @@ def resolve(stack: Stack, path: str) -> str:
     other = path.removeprefix("text_model.") if path.startswith("text_model.") else f"text_model.{path}"
     for candidate in (path, other):
         found = stack.aliases.get(candidate, candidate)
-        if found in stack.layers:
+        if stack.layer(found) is not None:
             return found
     return path
 
@@ -207,27 +189,6 @@ def _changing(model: nn.Module, component: str = "denoiser") -> Iterator[Stack]:
         settle(model)
 
 
-def _mergeable(model: nn.Module) -> Iterator[tuple[nn.Module, LayerState]]:
-    """Yield the layers with active adapters whose weight can be merged, and what is on them."""
-    stack = existing_stack(model)
-    for layer in stack.layers.values() if stack and not _group_offloaded(model) else ():
-        state = state_of(layer)
-        if state is not None and state.on and _keeps_its_weight(layer, state.base_class):
-            yield layer, state
-
-
-def _keeps_its_weight(layer: nn.Module, base_class: type[nn.Module]) -> bool:
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    plain = base_class.forward in {base.forward for base in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
-    return plain and not weight.is_meta and _wide(weight.dtype)
-
-
-def _group_offloaded(model: nn.Module) -> bool:
-    """Say whether diffusers may hold weights on the disk: what is in memory between two forwards is then noise."""
-    registries = (module.__dict__.get("_diffusers_hook") for module in unwrapped(model).modules())
-    return any(registry is not None and "group_offloading" in registry.hooks for registry in registries)
-
-
 def _wide(dtype: torch.dtype) -> bool:
     """Say whether numbers of this type are worth casting slots, or rounding a merged weight, to."""
     return dtype.is_floating_point and dtype.itemsize > 1
@@ -250,40 +211,52 @@ def _fitted(stack: Stack, modules: list[FileModule]) -> tuple[dict[str, LayerAda
     for module in modules:
         path = resolve(stack, module.path)
         taken = f"another module of the file is for the same layer, '{path}'" if path in layers else None
-        problem = taken or _misfit(stack.layers.get(path), module)
-        if problem:
+        layer = stack.layer(path)
+        problem = taken or _misfit(layer, module)
+        if problem or layer is None:
             misfits.append(f"{module.path}: {problem}")
         else:
-            layers[path] = _layer_adapter(stack.layers[path], module)
+            layers[path] = _layer_adapter(layer, module)
     return layers, misfits
 
 
 def _misfit(layer: nn.Module | None, module: FileModule) -> str | None:
+    if not module.slots:
+        return "the model has no such layer" if layer is None else _unlike_bias(layer, module)
     algorithm: Algorithm = ALGORITHMS[module.algorithm]
     try:
         shape = algorithm.shape(module.slots)
     except AdapterFileError as error:
         return str(error)
-    if not algorithm.kinds(module.slots):
-        return f"a change of kind '{algorithm.name}' cannot be run: adapters are put on no layer of its kind"
     if layer is None:
         return f"the model has no such layer (the adapter's delta is {tuple(shape)})"
-    return _unlike(layer, algorithm, module.slots)
+    return _unlike(layer, algorithm, module) or _unlike_bias(layer, module)
 
 
-def _unlike(layer: nn.Module, algorithm: Algorithm, slots: Mapping[str, Tensor]) -> str | None:
-    """Return what sets the layer apart from those that these slots are for, None when nothing does."""
-    spec, shape, kinds = LayerSpec.of(layer), algorithm.shape(slots), algorithm.kinds(slots)
-    assert spec is not None  # the index of the stack holds only such layers
+def _unlike(layer: nn.Module, algorithm: Algorithm, module: FileModule) -> str | None:
+    """Return what sets the layer apart from those that this module is for, None when nothing does."""
+    spec = LayerSpec.of(layer) or LayerSpec.of_norm(layer)
+    assert spec is not None  # the indices of the stack hold only such layers
+    shape, kinds = algorithm.shape(module.slots), algorithm.kinds(module.slots)
     if not fits(shape, spec.weight_shape, algorithm.flat):
         return f"the adapter's delta is {tuple(shape)}, the layer's weight {tuple(spec.weight_shape)}"
     if spec.kind not in kinds:
         return (
             f"the adapter is for layers of the kind {' or '.join(sorted(kinds))}, the layer is of the kind {spec.kind}"
         )
-    if algorithm.needs_base and not _readable(layer, spec):
-        return f"'{algorithm.name}' depends on the base weight, which a {type(layer).__name__} does not keep as it is"
+    if (algorithm.needs_base or module.magnitude is not None) and not _readable(layer, spec):
+        name = algorithm.name if module.magnitude is None else "dora"
+        return f"'{name}' depends on the base weight, which a {type(layer).__name__} does not keep as it is"
     return None
+
+
+def _unlike_bias(layer: nn.Module, module: FileModule) -> str | None:
+    spec = LayerSpec.of(layer) or LayerSpec.of_norm(layer)
+    assert spec is not None  # the indices of the stack hold only such layers
+    outputs = spec.weight_shape[0]
+    if module.bias is None or module.bias.numel() == outputs:
+        return None
+    return f"the adapter's change of the bias is {tuple(module.bias.shape)}, the layer has {outputs} outputs"
 
 
 def _readable(layer: nn.Module, spec: LayerSpec) -> bool:
@@ -297,7 +270,8 @@ def _layer_adapter(layer: nn.Module, module: FileModule) -> LayerAdapter:
     device = weight.device if not weight.is_meta else torch.device("cpu")
     dtype = weight.dtype if _wide(weight.dtype) else None
     slots = {name: _cast(slot.detach(), device, dtype) for name, slot in module.slots.items()}
-    return LayerAdapter(ALGORITHMS[module.algorithm], slots, module.scale)
+    more = [None if tensor is None else tensor.detach().to(device) for tensor in (module.magnitude, module.bias)]
+    return LayerAdapter(ALGORITHMS[module.algorithm], slots, module.scale, more[0], module.axis, more[1])
 
 
 def _cast(slot: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:

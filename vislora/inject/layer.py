@@ -78,6 +78,18 @@ class LayerState:
             self.merged = total.to(weight.dtype)
         self.source = weakref.ref(weight), _version(weight)
 
+    def bias_of(self, layer: nn.Module) -> Tensor | None:
+        """Return the bias of `layer` with the changes of the active adapters in it, in float32 with one rounding."""
+        bias = getattr(layer, "bias", None)
+        changes = [adapter.strengths[0] * adapter.bias for adapter in self.on.values() if adapter.bias is not None]
+        if not changes:
+            return bias
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        total = torch.zeros((), dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+        for change in ([] if bias is None else [bias]) + changes:
+            total = total + change.to(total)
+        return total.to(weight.dtype)
+
     def is_stale(self, weight: Tensor) -> bool:
         """Say whether `weight` is another one than that in `merged`, or was written to since."""
         return self.source is None or self.source[0]() is not weight or self.source[1] != _version(weight)
@@ -104,7 +116,7 @@ class AdapterLayer:
         if state.merged is None and state.parts is None:
             state.prepare(self)  # type: ignore[arg-type]
         if state.merged is not None:
-            return apply_weight(self, input, _merged(self, state, input), getattr(self, "bias", None))  # type: ignore[arg-type]
+            return apply_weight(self, input, _merged(self, state, input), state.bias_of(self))  # type: ignore[arg-type]
         out = super().forward(input, *args, **kwargs)  # type: ignore[misc]
         for part in state.parts or ():
             out = part.apply(input, out, self)  # type: ignore[arg-type]

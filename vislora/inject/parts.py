@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vislora.algorithms.base import Algorithm, Conv, add_weight
+from vislora.algorithms.base import Algorithm, Conv, add_weight, by_second_axis
 from vislora.algorithms.dora import Axis, decomposed
 from vislora.algorithms.lora import CONV, PLAIN
 from vislora.inject.moment import Moment
@@ -41,9 +41,9 @@ class Part(Protocol):
 class LayerAdapter:
     """One adapter on one layer. `scale` comes from the file (alpha / rank); strengths are the user's multipliers.
 
-    magnitude, axis: DoRA's, on top of the algorithm. strengths: what holds in every step and place, one number or one
-    per image of the batch. varies: the strength is not one number, see the `moment`. name, path: what it is called
-    there.
+    magnitude, axis: DoRA's, on top of the algorithm. bias: the change of the layer's bias; when there are no slots, it
+    is all there is. strengths: what holds in every step and place, one number or one per image of the batch. varies:
+    the strength is not one number, see the `moment`. name, path: what it is called there.
     """
 
     algorithm: Algorithm
@@ -51,6 +51,7 @@ class LayerAdapter:
     scale: float
     magnitude: Tensor | None = None
     axis: Axis = "out"
+    bias: Tensor | None = None
     strengths: tuple[float, ...] = (1.0,)
     varies: bool = False
     moment: Moment = field(default_factory=Moment)
@@ -86,8 +87,8 @@ class LayerAdapter:
             rank_dropout = self.dropout.rank
             x = F.dropout(x, self.dropout.input) if self.dropout.input and x.is_floating_point() else x
         if self.is_constant:
-            return self._added(x, base_out, strength, layer, rank_dropout)
-        effect = self._added(x, torch.zeros_like(base_out), 1.0, layer, rank_dropout)
+            return self._changed(x, base_out, strength, layer, rank_dropout)
+        effect = self._changed(x, torch.zeros_like(base_out), 1.0, layer, rank_dropout)
         return base_out + effect * _factor([self], [1], base_out, layer)
 
     def delta(self, base: Tensor) -> Tensor:
@@ -99,10 +100,21 @@ class LayerAdapter:
             for name, slot in self.slots.items()
         }
         strength = self.strengths[0]
+        if not self.slots:
+            return torch.zeros_like(wide)
         if self.magnitude is None:
             return self.algorithm.delta(slots, self.scale * strength, wide).reshape(base.shape)
         direction = self.algorithm.delta(slots, self.scale, wide).reshape(base.shape)
         return strength * decomposed(wide, direction, self.magnitude.to(base.device, dtype), self.axis)
+
+    def _changed(self, x: Tensor, base_out: Tensor, strength: float, layer: nn.Module, rank_dropout: float) -> Tensor:
+        out = self._added(x, base_out, strength, layer, rank_dropout) if self.slots else base_out
+        if self.bias is None:
+            return out
+        self.bias = self.bias.to(out.device)
+        ones = [1] * (len(layer.kernel_size) if isinstance(layer, Conv) else out.dim() - 2)
+        shape = (-1, *ones) if by_second_axis(layer) else (-1,)
+        return out + (strength * self.bias).to(out.dtype).reshape(shape)
 
     def _added(self, x: Tensor, base_out: Tensor, strength: float, layer: nn.Module, rank_dropout: float) -> Tensor:
         slots = self._slots_for(base_out)
@@ -245,7 +257,9 @@ def _joined(adapters: list[LayerAdapter], layer: nn.Module) -> Part:
 
 def can_join(adapter: LayerAdapter, layer: nn.Module) -> bool:
     """Say whether `adapter` is a plain frozen LoRA, on a layer where several can be computed as one."""
-    plain = adapter.algorithm.name == "lora" and adapter.slots.keys() == PLAIN and adapter.magnitude is None
+    plain = (
+        adapter.algorithm.name == "lora" and adapter.slots.keys() == PLAIN and adapter.magnitude is adapter.bias is None
+    )
     frozen = not adapter.training and not any(slot.requires_grad for slot in adapter.slots.values())
     return plain and frozen and takes_lora(layer)
 
@@ -270,7 +284,7 @@ def _mostly_apart(adapters: Sequence[LayerAdapter]) -> bool:
 
 def _factor(adapters: Sequence[LayerAdapter], widths: Sequence[int], out: Tensor, layer: nn.Module) -> Tensor:
     shares = [(adapter.name, adapter.strengths, width) for adapter, width in zip(adapters, widths, strict=True)]
-    return adapters[0].moment.factor(shares, out, 1 if isinstance(layer, Conv) else -1, adapters[0].path)
+    return adapters[0].moment.factor(shares, out, 1 if by_second_axis(layer) else -1, adapters[0].path)
 
 
 def _up(adapter: LayerAdapter) -> Tensor:

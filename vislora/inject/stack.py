@@ -17,7 +17,7 @@ from vislora.inject.moment import Moment, varies
 from vislora.inject.parts import LayerAdapter
 from vislora.inject.reserve import Reserve, Room, is_active
 from vislora.inject.strength import Strength, per_image
-from vislora.inject.targets import adaptable, aliases, plain_path, unwrapped
+from vislora.inject.targets import adaptable, aliases, norms, plain_path, unwrapped
 
 STACK = "_vislora_stack"
 
@@ -26,20 +26,23 @@ STACK = "_vislora_stack"
 class Stack:
     """Which adapters are on `model`. Held by the model itself, so two pipelines that share it see one stack.
 
-    `moment`: the strengths, and what they depend on while the model runs. `attentions`: path -> module whose layers
+    `norms`: path -> module that takes no fresh adapter, but a file's change of its weight or bias. `moment`: the
+    strengths, and what they depend on while the model runs. `attentions`: path -> module whose layers
     diffusers may fuse; `watches`: those of them with adapters; `hook`: asks them before every forward of the model;
     `clocks`: begin the moment before every forward, while a strength depends on it; `begins_outside`: one of them
     stands before what `torch.compile` returned. `paths`, `ranks`: the layers of each adapter, and its largest rank;
-    `reserve`: room for them in a compiled model.
+    `reserve`: room for them in a compiled model. `engine`: what was asked for, see `engines`.
     """
 
     layers: dict[str, nn.Module]
+    norms: dict[str, nn.Module] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     moment: Moment = field(default_factory=Moment)
     attentions: dict[str, nn.Module] = field(default_factory=dict)
     paths: dict[str, list[str]] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     reserve: Reserve | None = None
+    engine: str = "stacked"
     frozen: dict[str, list[tuple[nn.Module, str]]] = field(default_factory=dict)
     watches: list[Watch] = field(default_factory=list)
     hook: RemovableHandle | None = None
@@ -50,6 +53,18 @@ class Stack:
     def strengths(self) -> dict[str, tuple[Strength, ...]]:
         """Return the strength of every adapter, or its strengths, one per image of the batch."""
         return self.moment.strengths
+
+    def layer(self, path: str) -> nn.Module | None:
+        """Return the layer, or the norm, at `path`; None when there is none that an adapter works on."""
+        return self.layers.get(path) or self.norms.get(path)
+
+    def at(self, path: str) -> nn.Module:
+        """Return the layer or norm at `path`, which is there."""
+        return self.layers[path] if path in self.layers else self.norms[path]
+
+    def adapted(self) -> dict[str, None]:
+        """Return the paths of all layers with adapters."""
+        return dict.fromkeys(path for paths in self.paths.values() for path in paths)
 
     def add(self, name: str, adapters: Mapping[str, LayerAdapter], strength: Any) -> None:
         """Put the adapter `name` on its layers; on any failure the model is as it was.
@@ -69,11 +84,11 @@ class Stack:
             for path, adapter in adapters.items():
                 adapter.name, adapter.path, adapter.moment = name, path, self.moment
                 self._tune(adapter, strengths)
-                put_on(self.layers[path], path, name, adapter)
+                put_on(self.at(path), path, name, adapter)
                 done.append(path)
         except BaseException:
             for path in done:
-                take_off(self.layers[path], path, name)
+                take_off(self.at(path), path, name)
             raise
         self.moment.give(name, strengths)
         self.paths[name] = done
@@ -93,7 +108,7 @@ class Stack:
         self.require_room(given)
         for name, strengths in given.items():
             for path in self.paths[self._known(name)]:
-                state = state_of(self.layers[path])
+                state = state_of(self.at(path))
                 if state is not None:
                     self._tune(state.adapters[name], strengths)
                     state.change(name)
@@ -111,18 +126,18 @@ class Stack:
         """Reserve room for a joint rank of `max_rank` on the layers at `paths`; on any failure nothing is changed."""
         reserve = Reserve(max_rank)
         ranks = {name: _rank(self._on_layers(name)) for name in self.strengths}
-        reserve.rooms = {path: Room.beside(self.layers[path], reserve) for path in paths}
+        reserve.rooms = {path: Room.beside(self.at(path), reserve) for path in paths}
         for name in self.strengths:
             reserve.require_layers(name, self._on_layers(name), self.layers)
         reserve.require_room(ranks, self.strengths)
         done: list[str] = []
         try:
             for path, room in reserve.rooms.items():
-                set_room(self.layers[path], path, room)
+                set_room(self.at(path), path, room)
                 done.append(path)
         except BaseException:
             for path in done:
-                set_room(self.layers[path], path, None)
+                set_room(self.at(path), path, None)
             raise
         self.reserve, self.ranks = reserve, ranks
         self._watch()
@@ -131,12 +146,12 @@ class Stack:
     def drop_room(self) -> None:
         """Give up what was reserved."""
         for path in self.reserve.rooms if self.reserve else ():
-            set_room(self.layers[path], path, None)
+            set_room(self.at(path), path, None)
         self.reserve = None
         self._watch()
 
     def _on_layers(self, name: str) -> dict[str, LayerAdapter]:
-        states = {path: state_of(self.layers[path]) for path in self.paths[name]}
+        states = {path: state_of(self.at(path)) for path in self.paths[name]}
         return {path: state.adapters[name] for path, state in states.items() if state is not None}
 
     def _write(self, changed: str = "") -> None:
@@ -155,9 +170,9 @@ class Stack:
         """Take the adapter `name` off its layers; what was frozen for its training is as before."""
         paths = self.paths[self._known(name)]
         for path in paths:
-            require_removable(self.layers[path], path, name)
+            require_removable(self.at(path), path, name)
         for path in paths:
-            take_off(self.layers[path], path, name)
+            take_off(self.at(path), path, name)
         del self.paths[name], self.ranks[name]
         self.moment.give(name, None)
         self._watch()
@@ -188,7 +203,7 @@ class Stack:
 
     def _watch(self) -> None:
         paths = [self.reserve.rooms] if self.reserve else self.paths.values()
-        adapted = {path: self.layers[path] for found in paths for path in found}
+        adapted = {path: self.at(path) for found in paths for path in found}
         self.watches = watches(adapted, self.attentions)
 
     def _known(self, name: str) -> str:
@@ -204,7 +219,7 @@ def stack_of(model: nn.Module, component: str = "denoiser") -> Stack:
     if stack is None:
         layers = adaptable(model)
         attentions = {plain_path(path): module for path, module in unwrapped(model).named_modules() if can_fuse(module)}
-        stack = Stack(layers, aliases(model, layers), Moment(component), attentions)
+        stack = Stack(layers, norms(model), aliases(model, layers), Moment(component), attentions)
         unwrapped(model).__dict__[STACK] = stack
     return stack
 

@@ -114,6 +114,12 @@ def adaptable(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every norm with a weight per channel, by path."""
+    modules = unwrapped(model).named_modules()
+    return {plain_path(path): module for path, module in modules if path and LayerSpec.of_norm(module) is not None}
+
+
 def aliases(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
     """Return the further paths of layers that are at several places of `model`, each with its path in `layers`."""
     first = {id(layer): path for path, layer in layers.items()}

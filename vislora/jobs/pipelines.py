@@ -12,6 +12,8 @@ from torch import nn
 from vislora import formats
 from vislora.errors import AdapterFileError, AdapterMismatchError, ConfigError, listed, nearest
 from vislora.formats.adapter_file import AdapterFile, AdapterModule
+from vislora.inject.engines import choose_engine, require_engine
+from vislora.inject.engines import explain as explain_model
 from vislora.inject.injection import FileModule, find_misfits, inject_modules, release_room, reserve_room
 from vislora.inject.injection import eject as eject_from
 from vislora.inject.progress import Loop
@@ -73,8 +75,17 @@ def attach(
     except BaseException:
         _undo(done, name)
         raise
+    for model in done:
+        _choose_engine(model, name)
     _follow(pipeline, components)
     return misfits
+
+
+def _choose_engine(model: nn.Module, name: str) -> None:
+    """Give the layers of an adapter the engine of their model; of the first adapter, by the rule."""
+    stack = existing_stack(model)
+    assert stack is not None
+    choose_engine(model, "auto" if len(stack.strengths) == 1 else stack.engine, stack.paths[name])
 
 
 def _inject_what_fits(
@@ -94,13 +105,16 @@ def _inject_what_fits(
         return False, [f"{module.path}: no module of this component fits" for module in modules]
 
 
-def set_strengths(pipeline: Any, strengths: Mapping[str, Given]) -> None:
+def set_strengths(pipeline: Any, strengths: Mapping[str, Given], engine: str | None = None) -> None:
     """Set the strength of loaded adapters by name; those not named keep theirs. All or none are changed.
 
     A strength is a number, a `Strength` (components, layers, steps, region), or a sequence of them, one per image that
     a call of the pipeline makes, where None is 0. Sequences are of one length; adapters without one act on all images.
+    `engine`: auto, merged or stacked (see docs/stacks.md); None leaves it as it is.
     Raises `ConfigError` for an unknown name or a strength that is no sensible number or names what is not there.
     """
+    if engine is not None:
+        require_engine(engine)
     stacks = _stacks(pipeline)
     _, components = components_of(pipeline)
     for name in strengths:
@@ -115,7 +129,16 @@ def set_strengths(pipeline: Any, strengths: Mapping[str, Given]) -> None:
         stack.require_room(changes[component])
     for component, stack in stacks.items():
         stack.set_strengths(changes[component])
+    if engine is not None:
+        for model in components.values():
+            choose_engine(model, engine)
     _follow(pipeline, components)
+
+
+def explain(pipeline: Any) -> list[str]:
+    """Return a line per component, adapter and engine: how many layers compute in which way, and why."""
+    components = components_of(pipeline)[1]
+    return [line for component, model in components.items() for line in explain_model(component, model)]
 
 
 def reserve(pipeline: Any, max_rank: int, layers: str | Sequence[str] = "all") -> None:
@@ -216,8 +239,17 @@ def _by_component(
 def _file_module(module: AdapterModule) -> FileModule:
     if module.uncut:
         raise AdapterFileError(f"'{module.name}' is of a layer that the model has in parts: {module.uncut}")
-    algorithm = module.algorithm  # raises for a kind that cannot be run
-    return FileModule(module.path or module.raw_name, algorithm.name, module.tensors, module.scale)
+    bias = module.bias_delta()
+    name = "full" if module.only_bias else module.direction_algorithm.name  # raises for a kind that cannot be run
+    return FileModule(
+        module.path or module.raw_name,
+        name,
+        module.tensors,
+        module.scale,
+        module.magnitude,
+        module.magnitude_axis or "out",
+        None if bias is None else bias.float(),
+    )
 
 
 def _looks(adapter_file: AdapterFile, family: str | None) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from vislora import formats
 from vislora.files import reserving
-from vislora.inject.injection import merge, unmerge
+from vislora.inject.engines import merge, unmerge
 from vislora.jobs.devices import DTYPES, pick_device, pick_precision
 from vislora.jobs.pipelines import attach, set_strengths
 from vislora.jobs.recipes import Recipe, adapter_hash, adapter_rows, base_hash, save_png, threads, versions
