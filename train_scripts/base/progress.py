@@ -1,0 +1,75 @@
+"""How far a training is: a time budget, the rate that follows from it, and a log."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+WARMUP = 0.02
+
+
+class Budget:
+    """Counts steps and time. The time of the first step, in which kernels are compiled, is not counted."""
+
+    def __init__(self, minutes: float, log: Path, what: str, spent: float = 0.0, step: int = 0) -> None:
+        self.seconds, self.what, self.step, self.images = 60.0 * minutes, what, step, 0
+        self._log, self._before, self._began, self._told = log, spent, 0.0, 0.0
+
+    @property
+    def spent(self) -> float:
+        """Return the seconds spent so far, those of earlier runs included."""
+        return self._before + (time.perf_counter() - self._began if self._began else 0.0)
+
+    @property
+    def done(self) -> float:
+        """Return the share of the budget that is spent, at most 1."""
+        return min(1.0, self.spent / self.seconds) if self.seconds else 1.0
+
+    def steps(self) -> Iterator[float]:
+        """Yield the factor of the learning rate for every step, until the time is over: warm-up, then a cosine."""
+        while self.done < 1.0:
+            yield min(1.0, self.done / WARMUP + 1e-3) * 0.5 * (1.0 + math.cos(math.pi * self.done))
+            self.step += 1
+            if not self._began:
+                self._began = self._told = time.perf_counter()
+
+    def due(self, every: float, images: int) -> bool:
+        """Count `images`, and say whether it is time to tell how far it is, every so many seconds."""
+        self.images += images
+        return bool(self._began) and time.perf_counter() - self._told >= every
+
+    def tell(self, **figures: float) -> None:
+        """Print and log where it stands."""
+        now = time.perf_counter()
+        rate, left = self.images / max(now - self._began, 1e-9), self.seconds - self.spent
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        print(f"{self.what}: step {self.step}, {rate:.0f} images/s, {max(0.0, left):.0f} s left, {shown}", flush=True)
+        with self._log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"what": self.what, "step": self.step, "seconds": self.spent, **figures}) + "\n")
+        self._told = now
+
+
+def draw_curve(log: Path, what: str, figure: str, out: Path) -> None:
+    """Draw one figure of a log over time, on a logarithmic scale, as a PNG."""
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    points = [(row["seconds"], row[figure]) for row in rows if row["what"] == what and row.get(figure, 0.0) > 0.0]
+    if len(points) < 2:
+        return
+    width, height, edge = 640, 320, 40
+    xs, ys = [x for x, _ in points], [math.log(y) for _, y in points]
+    image = Image.new("RGB", (width, height), "white")
+    brush = ImageDraw.Draw(image)
+    across, up = max(xs[-1] - xs[0], 1e-9), max(max(ys) - min(ys), 1e-9)
+    line = [
+        (edge + (x - xs[0]) / across * (width - 2 * edge), height - edge - (y - min(ys)) / up * (height - 2 * edge))
+        for x, y in zip(xs, ys, strict=True)
+    ]
+    brush.line(line, fill="#1f6feb", width=2)
+    brush.text((edge, 10), f"{what}: {figure} from {points[0][1]:.4g} to {points[-1][1]:.4g}", fill="black")
+    brush.text((edge, height - 25), f"{xs[0]:.0f} to {xs[-1]:.0f} seconds", fill="black")
+    image.save(out)
