@@ -159,7 +159,7 @@ def switches(bench: Bench, model: Any) -> dict[str, Any]:
 def _states(model: Any) -> Iterator[tuple[Any, Any]]:
     from vislora.inject.layer import state_of
 
-    for layer in stack_of(model).layers.values():
+    for layer in stack_of(model).index.layers.values():
         state = state_of(layer)
         if state is not None and state.on:
             yield layer, state

@@ -97,6 +97,16 @@ def sdxl_inputs(model: Any, batch: int, side: int) -> dict[str, Any]:
     }
 
 
+def sd15_inputs(model: Any, batch: int, side: int) -> dict[str, Any]:
+    """Return inputs of `sd15_unet` for latents of `side` by `side`."""
+    text = torch.randn(batch, 77, model.config.cross_attention_dim)
+    return {
+        "sample": torch.randn(batch, 4, side, side),
+        "timestep": torch.tensor(500),
+        "encoder_hidden_states": text,
+    }
+
+
 def flux_inputs(model: Any, batch: int, side: int, text: int = 512) -> dict[str, Any]:
     """Return inputs of `flux_transformer` for an image of `side` by `side` packed tokens."""
     like, config = next(model.parameters()), model.config

@@ -150,7 +150,7 @@ def test_damaged_slots_are_a_misfit_of_their_module():
 def test_clip_paths_fit_with_and_without_the_level_text_model(build):
     model = build()
     own = "encoder.layers.1.mlp.fc1"
-    found = next(path for path in stack_of(model).layers if path.endswith(own))
+    found = next(path for path in stack_of(model).index.layers if path.endswith(own))
     slots = {"down": torch.ones(2, 16), "up": torch.ones(32, 2)}
     for name, path in (("a", own), ("b", f"text_model.{own}")):
         assert inject_modules(model, name, [FileModule(path, "lora", slots, 1.0)]) == []

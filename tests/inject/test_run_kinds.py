@@ -21,7 +21,7 @@ from vislora.inject.injection import FileModule, eject, inject_modules
 from vislora.inject.layer import state_of
 from vislora.inject.stack import settle, stack_of
 from vislora.inject.strength import Strength
-from vislora.inject.targets import norms
+from vislora.inject.targets import index
 from vislora.registry import ALGORITHMS
 
 
@@ -133,8 +133,8 @@ def test_changes_of_norms(norm, size, kind):
 
 def test_norms_of_real_models_are_found():
     for name in ("unet", "clip", "t5", "vit", "flux"):
-        assert norms(tiny.model(name)), name
-    assert all(LayerSpec.of_norm(module).kind == "norm" for module in norms(tiny.model("flux")).values())
+        assert index(tiny.model(name)).norms, name
+    assert all(LayerSpec.of_norm(module).kind == "norm" for module in index(tiny.model("flux")).norms.values())
 
 
 @torch.no_grad()

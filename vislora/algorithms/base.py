@@ -56,10 +56,10 @@ class LayerSpec:
     @staticmethod
     def of_norm(layer: nn.Module) -> LayerSpec | None:
         """Describe `layer` when it is a LayerNorm, GroupNorm or RMSNorm with a weight per channel, else return None."""
-        weight = getattr(layer, "weight", None)
-        known = isinstance(layer, (nn.LayerNorm, nn.GroupNorm)) or type(layer).__name__.endswith(RMS_NORMS)
-        if known and isinstance(weight, Tensor) and weight.dim() == 1:
-            return LayerSpec("norm", tuple(weight.shape))
+        if isinstance(layer, (nn.LayerNorm, nn.GroupNorm)) or type(layer).__name__.endswith(RMS_NORMS):
+            weight = getattr(layer, "weight", None)
+            if isinstance(weight, Tensor) and weight.dim() == 1:
+                return LayerSpec("norm", tuple(weight.shape))
         return None
 
 

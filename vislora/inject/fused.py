@@ -24,7 +24,7 @@ PROJECTIONS = {*FUSED, *(part for parts in FUSED.values() for part in parts)}
 
 def can_fuse(module: nn.Module) -> bool:
     """Say whether `module` is an attention of diffusers, old or new."""
-    return callable(getattr(module, "fuse_projections", None))
+    return callable(getattr(type(module), "fuse_projections", None))
 
 
 def is_fused(attention: nn.Module) -> bool:

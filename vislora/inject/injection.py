@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vislora.algorithms.base import Algorithm, Init, InitOptions, LayerSpec, Rule, fits
 from vislora.algorithms.dora import Axis
 from vislora.errors import AdapterFileError, AdapterMismatchError, ConfigError, listed
+from vislora.inject.moment import Moment
 from vislora.inject.parts import Dropout, LayerAdapter, takes_lora
 from vislora.inject.stack import Stack, existing_stack, settle, stack_of
 from vislora.inject.targets import PRESETS, Target, matches, unwrapped
@@ -74,7 +75,7 @@ def inject_fresh(model: nn.Module, name: str, chosen: Mapping[str, Target], opti
         layers, trained = {}, {}
         for path, target in chosen.items():
             alpha = float(target.rank if target.alpha is None else target.alpha)
-            layers[path] = _fresh(stack.layers[path], target, alpha, options, generator)
+            layers[path] = _fresh(stack.index.layers[path], target, alpha, options, generator)
             trained[path] = Trained(target.algorithm, alpha, options.rule)
         stack.add(name, layers, 1.0)
         stack.freeze(model, name)
@@ -142,7 +143,7 @@ def reserve_room(model: nn.Module, max_rank: int, layers: str | Sequence[str] = 
         patterns = PRESETS.get(layers, (layers,)) if isinstance(layers, str) else layers
         paths = [
             path
-            for path, layer in stack.layers.items()
+            for path, layer in stack.index.layers.items()
             if any(matches(pattern, path) for pattern in patterns) and takes_lora(layer)
         ]
         if not paths:
@@ -161,7 +162,7 @@ def resolve(stack: Stack, path: str) -> str:
     """Return the model's own path for a file's: CLIP text encoders are with or without the level `text_model`."""
     other = path.removeprefix("text_model.") if path.startswith("text_model.") else f"text_model.{path}"
     for candidate in (path, other):
-        found = stack.aliases.get(candidate, candidate)
+        found = stack.index.aliases.get(candidate, candidate)
         if stack.layer(found) is not None:
             return found
     return path
@@ -216,7 +217,7 @@ def _fitted(stack: Stack, modules: list[FileModule]) -> tuple[dict[str, LayerAda
         if problem or layer is None:
             misfits.append(f"{module.path}: {problem}")
         else:
-            layers[path] = _layer_adapter(layer, module)
+            layers[path] = _layer_adapter(layer, module, stack.moment)
     return layers, misfits
 
 
@@ -265,13 +266,14 @@ def _readable(layer: nn.Module, spec: LayerSpec) -> bool:
     return tuple(weight.shape) == spec.weight_shape and weight.dtype.is_floating_point
 
 
-def _layer_adapter(layer: nn.Module, module: FileModule) -> LayerAdapter:
+def _layer_adapter(layer: nn.Module, module: FileModule, moment: Moment) -> LayerAdapter:
     weight: Tensor = layer.weight  # type: ignore[assignment]
     device = weight.device if not weight.is_meta else torch.device("cpu")
     dtype = weight.dtype if _wide(weight.dtype) else None
     slots = {name: _cast(slot.detach(), device, dtype) for name, slot in module.slots.items()}
     more = [None if tensor is None else tensor.detach().to(device) for tensor in (module.magnitude, module.bias)]
-    return LayerAdapter(ALGORITHMS[module.algorithm], slots, module.scale, more[0], module.axis, more[1])
+    algorithm = ALGORITHMS[module.algorithm]
+    return LayerAdapter(algorithm, slots, module.scale, more[0], module.axis, more[1], moment=moment)
 
 
 def _cast(slot: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:

@@ -240,15 +240,15 @@ def _change_class(layer: nn.Module, cls: type[nn.Module]) -> None:
 
     Such hooks shadow the class's `forward` with one in the instance, which a change of class alone would not reach.
     """
-    for holder, key in list(_captured(layer)):
+    for holder, key in list(_captured(layer)) if "forward" in layer.__dict__ else ():
         if _is_own_forward(layer, holder.get(key)):
             holder[key] = MethodType(cls.forward, layer)
-    layer.__class__ = cls
+    object.__setattr__(layer, "__class__", cls)  # past nn.Module's own, which looks for parameters
 
 
 def _require_reachable(layer: nn.Module, path: str, action: str) -> None:
     """Raise `AdapterMismatchError` when the instance's `forward` leads anywhere but to the class's own."""
-    for holder, key in _captured(layer):
+    for holder, key in _captured(layer) if "forward" in layer.__dict__ else ():
         value = holder.get(key)
         replaced = key == "forward" and holder.get("original_forward") is not None  # by a hook that calls the original
         if value is None or replaced or _is_own_forward(layer, value) or _hook_module(value) in HOOKS:

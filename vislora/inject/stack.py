@@ -11,13 +11,13 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from vislora.errors import ConfigError, nearest
-from vislora.inject.fused import Watch, can_fuse, require_run, watches
+from vislora.inject.fused import Watch, require_run, watches
 from vislora.inject.layer import put_on, require_removable, set_room, state_of, take_off
 from vislora.inject.moment import Moment, varies
 from vislora.inject.parts import LayerAdapter
 from vislora.inject.reserve import Reserve, Room, is_active
 from vislora.inject.strength import Strength, per_image
-from vislora.inject.targets import adaptable, aliases, norms, plain_path, unwrapped
+from vislora.inject.targets import Index, index, unwrapped
 
 STACK = "_vislora_stack"
 
@@ -26,19 +26,15 @@ STACK = "_vislora_stack"
 class Stack:
     """Which adapters are on `model`. Held by the model itself, so two pipelines that share it see one stack.
 
-    `norms`: path -> module that takes no fresh adapter, but a file's change of its weight or bias. `moment`: the
-    strengths, and what they depend on while the model runs. `attentions`: path -> module whose layers
-    diffusers may fuse; `watches`: those of them with adapters; `hook`: asks them before every forward of the model;
-    `clocks`: begin the moment before every forward, while a strength depends on it; `begins_outside`: one of them
-    stands before what `torch.compile` returned. `paths`, `ranks`: the layers of each adapter, and its largest rank;
-    `reserve`: room for them in a compiled model. `engine`: what was asked for, see `engines`.
+    `moment`: the strengths, and what they depend on while the model runs. `watches`: the attentions with adapters whose
+    layers diffusers may fuse; `hook`: asks them before every forward of the model; `clocks`: begin the moment before
+    every forward, while a strength depends on it; `begins_outside`: one of them stands before what `torch.compile`
+    returned. `paths`, `ranks`: the layers of each adapter, and its largest rank; `reserve`: room for them in a compiled
+    model. `engine`: what was asked for, see `engines`.
     """
 
-    layers: dict[str, nn.Module]
-    norms: dict[str, nn.Module] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
+    index: Index
     moment: Moment = field(default_factory=Moment)
-    attentions: dict[str, nn.Module] = field(default_factory=dict)
     paths: dict[str, list[str]] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     reserve: Reserve | None = None
@@ -56,11 +52,12 @@ class Stack:
 
     def layer(self, path: str) -> nn.Module | None:
         """Return the layer, or the norm, at `path`; None when there is none that an adapter works on."""
-        return self.layers.get(path) or self.norms.get(path)
+        found = self.index.layers.get(path)
+        return self.index.norms.get(path) if found is None else found
 
     def at(self, path: str) -> nn.Module:
         """Return the layer or norm at `path`, which is there."""
-        return self.layers[path] if path in self.layers else self.norms[path]
+        return self.index.layers[path] if path in self.index.layers else self.index.norms[path]
 
     def adapted(self) -> dict[str, None]:
         """Return the paths of all layers with adapters."""
@@ -75,9 +72,9 @@ class Stack:
         if name in self.strengths:
             raise ConfigError(f"an adapter named '{name}' is loaded already; eject it first or choose another name")
         strengths = per_image(name, strength)
-        require_run(name, adapters, self.attentions)
+        require_run(name, adapters, self.index.attentions)
         if self.reserve is not None:
-            self.reserve.require_layers(name, adapters, self.layers)
+            self.reserve.require_layers(name, adapters, self.index.layers)
             self.reserve.require_room({**self.ranks, name: _rank(adapters)}, {**self.strengths, name: strengths})
         done: list[str] = []
         try:
@@ -128,7 +125,7 @@ class Stack:
         ranks = {name: _rank(self._on_layers(name)) for name in self.strengths}
         reserve.rooms = {path: Room.beside(self.at(path), reserve) for path in paths}
         for name in self.strengths:
-            reserve.require_layers(name, self._on_layers(name), self.layers)
+            reserve.require_layers(name, self._on_layers(name), self.index.layers)
         reserve.require_room(ranks, self.strengths)
         done: list[str] = []
         try:
@@ -162,6 +159,9 @@ class Stack:
 
     def _tune(self, adapter: LayerAdapter, strengths: Sequence[Strength]) -> None:
         found = tuple(strength.on(self.moment.component, adapter.path) for strength in strengths)
+        if len(found) == 1 and strengths[0].is_constant:
+            adapter.strengths, adapter.varies = found, False
+            return
         same = all(one == found[0] for one in found) and all(strength.is_constant for strength in strengths)
         adapter.varies = varies(strengths) and not same
         adapter.strengths = found[:1] if same else found
@@ -204,7 +204,7 @@ class Stack:
     def _watch(self) -> None:
         paths = [self.reserve.rooms] if self.reserve else self.paths.values()
         adapted = {path: self.at(path) for found in paths for path in found}
-        self.watches = watches(adapted, self.attentions)
+        self.watches = watches(adapted, self.index.attentions)
 
     def _known(self, name: str) -> str:
         if name not in self.strengths:
@@ -217,9 +217,7 @@ def stack_of(model: nn.Module, component: str = "denoiser") -> Stack:
     """Return the stack of `model`, made (and its layers indexed) on first use as that of a `component`."""
     stack = existing_stack(model)
     if stack is None:
-        layers = adaptable(model)
-        attentions = {plain_path(path): module for path, module in unwrapped(model).named_modules() if can_fuse(module)}
-        stack = Stack(layers, norms(model), aliases(model, layers), Moment(component), attentions)
+        stack = Stack(index(model), Moment(component))
         unwrapped(model).__dict__[STACK] = stack
     return stack
 

@@ -64,6 +64,8 @@ class Strength:
 
     def on(self, component: str, path: str) -> float:
         """Return what holds for one layer in every step and place: value, component and layer."""
+        if not self.components and not self.layers:
+            return self.value
         return self.value * self._on_component(component) * self._on_layer(path)
 
     def at(self, progress: float) -> float:

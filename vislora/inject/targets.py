@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -92,40 +92,62 @@ def matches(pattern: str, path: str) -> bool:
     return fnmatch.fnmatchcase(path, pattern)
 
 
-def adaptable(model: nn.Module) -> dict[str, nn.Module]:
-    """Return every layer that an adapter works on, by path, each layer once.
+@dataclass(frozen=True)
+class Index:
+    """What adapters are about in a model, by path. Paths are the model's own, whatever `torch.compile` wrapped.
 
-    Paths are those of the model itself, whatever parts of it `torch.compile` wrapped. Left out: layers whose weights
-    their parent reads itself, without calling them (the output projection of `nn.MultiheadAttention`, the linears of
-    `nn.TransformerEncoderLayer`'s fast path), and fused projections out of use: an adapter there has no effect.
+    layers: every layer that an adapter works on, once; left out are layers whose weights their parent reads itself,
+    without calling them (the output projection of `nn.MultiheadAttention`, the linears of the fast path of
+    `nn.TransformerEncoderLayer`), and fused projections out of use: an adapter there has no effect. norms: those with a
+    weight per channel, which only take what a file holds for them. aliases: further paths of layers that are at several
+    places, each with its path in `layers`. attentions: modules whose projections diffusers may fuse.
     """
+
+    layers: Mapping[str, nn.Module]
+    norms: Mapping[str, nn.Module]
+    aliases: Mapping[str, str]
+    attentions: Mapping[str, nn.Module]
+
+
+def index(model: nn.Module) -> Index:
+    """Return the index of `model`, from one walk through its modules."""
+    everywhere = [(path, module) for path, module in _walk(unwrapped(model)) if path]
+    attentions = {path: module for path, module in everywhere if can_fuse(module)}
     bypassed = {
         id(child)
-        for module in model.modules()
+        for module in [unwrapped(model), *(module for _, module in everywhere)]
         if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
         for child in module.modules()
     }
-    for attention in filter(can_fuse, model.modules()):
+    for attention in attentions.values():
         bypassed |= {id(attention._modules[name]) for name in idle_layers(attention) & FUSED.keys()}
-    return {
-        plain_path(path): module
-        for path, module in unwrapped(model).named_modules()
-        if path and LayerSpec.of(module) is not None and id(module) not in bypassed
-    }
+    first: dict[int, str] = {}
+    layers, norms, aliases = {}, {}, {}
+    for path, module in everywhere:
+        if id(module) in first:
+            aliases[path] = first[id(module)]
+        elif LayerSpec.of(module) is not None and id(module) not in bypassed:
+            first[id(module)] = path
+            layers[path] = module
+        elif LayerSpec.of_norm(module) is not None:
+            norms[path] = module
+    return Index(layers, norms, aliases, attentions)
 
 
-def norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Return every norm with a weight per channel, by path."""
-    modules = unwrapped(model).named_modules()
-    return {plain_path(path): module for path, module in modules if path and LayerSpec.of_norm(module) is not None}
+def adaptable(model: nn.Module) -> Mapping[str, nn.Module]:
+    """Return every layer that an adapter works on, by path, each layer once; see `Index`."""
+    return index(model).layers
 
 
-def aliases(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Return the further paths of layers that are at several places of `model`, each with its path in `layers`."""
-    first = {id(layer): path for path, layer in layers.items()}
-    everywhere = unwrapped(model).named_modules(remove_duplicate=False)
-    found = {plain_path(path): first[id(module)] for path, module in everywhere if id(module) in first}
-    return {path: other for path, other in found.items() if path != other}
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every module with its path, at each of its places, parents first; `named_modules` is slow in deep trees."""
+    pending = [("", model)]
+    while pending:
+        path, module = pending.pop()
+        yield (plain_path(path) if "_orig_mod" in path else path), module
+        prefix = f"{path}." if path else ""
+        children = [(f"{prefix}{name}", child) for name, child in module._modules.items() if child is not None]
+        pending += reversed(children)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -51,22 +51,22 @@ def attach(
     family, components = components_of(pipeline)
     strengths = per_image(name, strength)
     _require_fitting({name: strengths}, components)
-    by_component = _by_component(adapter_file, components, isinstance(pipeline, nn.Module))
-    missing = [component for component in by_component if component not in components]
+    found = by_component(adapter_file, components, isinstance(pipeline, nn.Module))
+    missing = [component for component in found if component not in components]
     misfits = [f"{component}: this pipeline has no such component" for component in missing]
-    if missing and (not allow_partial or len(missing) == len(by_component)):
-        for component in by_component.keys() & components.keys():
-            found = find_misfits(components[component], by_component[component])
-            misfits += [f"{component}.{line}" for line in found]
+    if missing and (not allow_partial or len(missing) == len(found)):
+        for component in found.keys() & components.keys():
+            lines = find_misfits(components[component], found[component])
+            misfits += [f"{component}.{line}" for line in lines]
         title = f"adapter '{name}' does not fit:{_looks(adapter_file, family)}"
         raise AdapterMismatchError(listed(title, misfits, limit=len(missing) + 5))
     done: list[nn.Module] = []
     try:
-        for component in (item for item in by_component if item not in missing):
-            model, modules = components[component], by_component[component]
-            fits, found = _inject_what_fits(model, component, name, modules, strengths, allow_partial)
+        for component in (item for item in found if item not in missing):
+            model, modules = components[component], found[component]
+            fits, lines = _inject_what_fits(model, component, name, modules, strengths, allow_partial)
             done += [model] if fits else []
-            misfits += [f"{component}.{line}" for line in found]
+            misfits += [f"{component}.{line}" for line in lines]
         if not done:
             raise AdapterMismatchError(listed(f"nothing of adapter '{name}' fits:", misfits, limit=5))
     except AdapterMismatchError as error:
@@ -184,7 +184,7 @@ def _require_fitting(strengths: Mapping[str, Sequence[Strength]], components: Ma
 
 def _paths(model: nn.Module) -> Iterable[str]:
     stack = existing_stack(model)
-    return stack.layers if stack else adaptable(model)
+    return stack.index.layers if stack else adaptable(model)
 
 
 def _follow(pipeline: Any, components: Mapping[str, nn.Module]) -> None:
@@ -222,8 +222,8 @@ def _shown(given: Sequence[Strength]) -> Given:
     return found[0] if len(found) == 1 else found
 
 
-def _by_component(
-    adapter_file: AdapterFile, components: Mapping[str, nn.Module], bare: bool
+def by_component(
+    adapter_file: AdapterFile, components: Mapping[str, nn.Module], bare: bool = False
 ) -> dict[str, list[FileModule]]:
     """Sort the file's modules by component; a bare module takes the only one that the file has."""
     found: dict[str, list[FileModule]] = defaultdict(list)
