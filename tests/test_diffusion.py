@@ -64,9 +64,9 @@ def test_weights_are_finite_at_both_ends_of_a_schedule_that_ends_in_pure_noise()
 
 def test_every_timestep_is_drawn_and_none_beyond():
     _, objective = discrete("epsilon")
-    t = objective.sample_t(20_000, torch.Generator().manual_seed(0))
+    t = objective.sample_t((20_000,), torch.Generator().manual_seed(0))
     assert (t.min().item(), t.max().item()) == (0, 999)
-    assert torch.equal(t, objective.sample_t(20_000, torch.Generator().manual_seed(0)))
+    assert torch.equal(t, objective.sample_t((20_000,), torch.Generator().manual_seed(0)))
     assert len(t.unique()) == 1000
 
 
@@ -80,7 +80,7 @@ def test_flow_is_the_straight_line_of_diffusers_flow_training():
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_flow_timesteps_are_logit_normal_and_shifted(shift):
-    t = Flow(shift).sample_t(4096, torch.Generator().manual_seed(3))
+    t = Flow(shift).sample_t((4096,), torch.Generator().manual_seed(3))
     u = torch.sigmoid(torch.randn(4096, generator=torch.Generator().manual_seed(3)))
     assert torch.allclose(t / 1000, shift * u / (1 + (shift - 1) * u))
     assert 0 < t.min() < t.max() < 1000

@@ -50,14 +50,14 @@ def clip_tokenizer() -> Any:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
 
 
-def t5_tokenizer() -> Any:
+def t5_tokenizer(length: int = TOKENS) -> Any:
     """Return a unigram tokenizer of single characters and a few whole words."""
     from transformers import T5Tokenizer
 
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
     letters = [(letter, -5.0) for letter in string.ascii_letters + string.digits + string.punctuation]
     words = [(f"\u2581{word}", -3.0) for word in WORDS]
-    return T5Tokenizer(vocab=[*special, *letters, *words], extra_ids=0, model_max_length=TOKENS)
+    return T5Tokenizer(vocab=[*special, *letters, *words], extra_ids=0, model_max_length=length)
 
 
 def _clip_config(**changes: Any) -> Any:
@@ -166,7 +166,7 @@ def sd3_transformer(seed: int = 0) -> Any:
     return seeded(build, seed).eval()
 
 
-def flux_transformer(seed: int = 0) -> Any:
+def flux_transformer(seed: int = 0, **changes: Any) -> Any:
     """Return a `FluxTransformer2DModel` with one double and one single block."""
     from diffusers import FluxTransformer2DModel
 
@@ -179,9 +179,8 @@ def flux_transformer(seed: int = 0) -> Any:
             attention_head_dim=8,
             num_attention_heads=2,
             joint_attention_dim=32,
-            pooled_projection_dim=32,
             axes_dims_rope=(2, 2, 4),
-            guidance_embeds=False,
+            **{"pooled_projection_dim": 32, "guidance_embeds": False, **changes},
         )
 
     return seeded(build, seed).eval()
@@ -289,15 +288,45 @@ def sd3_pipeline(seed: int = 0) -> Any:
     return pipeline
 
 
-PIPELINES: dict[str, Callable[[], Any]] = {"sd": sd_pipeline, "sd3": sd3_pipeline}
+def flux_pipeline(seed: int = 0, kind: str = "FluxPipeline", guidance_embeds: bool = True) -> Any:
+    """Return a whole `FluxPipeline` or `FluxKontextPipeline` with CLIP and T5; schnell has no guidance embeds."""
+    import diffusers
+
+    pipeline = getattr(diffusers, kind)(
+        transformer=flux_transformer(seed, guidance_embeds=guidance_embeds, pooled_projection_dim=16),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae(seed, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip_text(seed),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=t5_encoder(seed),
+        tokenizer_2=t5_tokenizer(512),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+PIPELINES: dict[str, Callable[[], Any]] = {"sd": sd_pipeline, "sd3": sd3_pipeline, "flux": flux_pipeline}
+
+
+VARIANTS: dict[str, Callable[[], Any]] = {
+    "flux-schnell": lambda: flux_pipeline(guidance_embeds=False),
+    "flux-kontext": lambda: flux_pipeline(kind="FluxKontextPipeline"),
+}
+"""Further bases of these families."""
+
+STAPLES = ("sd", "sd3", "flux")
+"""Families on which whole jobs are tested: a UNet, latents as pictures and latents as tokens. tests/models has all."""
 
 
 @cache
 def saved(family: str) -> Path:
-    """Return a folder with the pipeline of `family` (a key of `PIPELINES`), written once per process: read it only."""
+    """Return a folder with a pipeline of `PIPELINES` or `VARIANTS`, written once per process: read it only."""
     folder = Path(tempfile.mkdtemp(prefix=f"tiny-{family}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    PIPELINES[family]().save_pretrained(folder)
+    pipeline = {**PIPELINES, **VARIANTS}[family]()
+    pipeline.save_pretrained(folder)
+    if "sample_size" not in (pipeline.components.get("transformer") or pipeline.unet).config:
+        (folder / "vislora.json").write_text('{"resolution": 16}')  # a size that no part of the pipeline tells
     return folder
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -14,8 +16,8 @@ class Objective(Protocol):
 
     prediction: str
 
-    def sample_t(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw `count` timesteps on the CPU."""
+    def sample_t(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Draw a timestep for each sample of latents of this shape, on the CPU."""
         ...
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -41,9 +43,9 @@ class Discrete:
     alphas_cumprod: Tensor
     prediction: Literal["epsilon", "v"]
 
-    def sample_t(self, count: int, generator: torch.Generator) -> Tensor:
+    def sample_t(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         """Draw uniformly from all timesteps."""
-        return torch.randint(len(self.alphas_cumprod), (count,), generator=generator)
+        return torch.randint(len(self.alphas_cumprod), (shape[0],), generator=generator)
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return sqrt(abar) x + sqrt(1 - abar) noise."""
@@ -72,19 +74,41 @@ class Discrete:
 
 
 @dataclass(frozen=True)
+class GrowingShift:
+    """A shift that grows with the picture: larger ones keep more of what they show under the same noise.
+
+    mu is linear in the number of tokens, through (tokens[0], mu[0]) and (tokens[1], mu[1]); the shift is exp(mu), or
+    mu where not `exponential` (black-forest-labs/flux, src/flux/sampling.py `get_schedule`). `patch`: side of a token.
+    """
+
+    tokens: tuple[int, int] = (256, 4096)
+    mu: tuple[float, float] = (0.5, 1.15)
+    patch: int = 2
+    exponential: bool = True
+
+    def of(self, height: int, width: int) -> float:
+        """Return the shift for latents of this size."""
+        count = (height // self.patch) * (width // self.patch)
+        slope = (self.mu[1] - self.mu[0]) / (self.tokens[1] - self.tokens[0])
+        mu = self.mu[0] + slope * (count - self.tokens[0])
+        return math.exp(mu) if self.exponential else mu
+
+
+@dataclass(frozen=True)
 class Flow:
     """Rectified flow with logit-normal timesteps (Esser et al., arXiv 2403.03206, sections 2 and 3.1).
 
     `shift` moves the noise levels towards noise as the sampler does (ibid., equation 23); t = 1000 sigma.
     """
 
-    shift: float = 1.0
+    shift: float | GrowingShift = 1.0
     prediction: str = "flow"
 
-    def sample_t(self, count: int, generator: torch.Generator) -> Tensor:
+    def sample_t(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         """Draw 1000 sigma, sigma = shift u / (1 + (shift - 1) u), u = sigmoid(normal)."""
-        u = torch.sigmoid(torch.randn(count, generator=generator))
-        return 1000.0 * self.shift * u / (1 + (self.shift - 1) * u)
+        shift = self.shift.of(*shape[-2:]) if isinstance(self.shift, GrowingShift) else self.shift
+        u = torch.sigmoid(torch.randn(shape[0], generator=generator))
+        return 1000.0 * shift * u / (1 + (shift - 1) * u)
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return (1 - sigma) x + sigma noise."""

@@ -98,4 +98,11 @@ FORMATS = Registry(
     },
 )
 
-FAMILIES = Registry("family", {"sd": "vislora.models.sd:StableDiffusion", "sd3": "vislora.models.sd3:StableDiffusion3"})
+FAMILIES = Registry(
+    "family",
+    {
+        "sd": "vislora.models.sd:StableDiffusion",
+        "sd3": "vislora.models.sd3:StableDiffusion3",
+        "flux": "vislora.models.flux:Flux",
+    },
+)

@@ -22,7 +22,6 @@ from vislora.jobs.studio import free_numbers, save_numbered
 from vislora.models.base import components_of, load_family
 from vislora.models.schedulers import DIFFUSION, FLOW
 from vislora.records import Done, Note
-from vislora.registry import FAMILIES
 
 torch.set_num_threads(1)
 COMMON = {"steps": 2, "device": "cpu", "guidance_scale": 2.0}
@@ -32,7 +31,7 @@ COMMON = {"steps": 2, "device": "cpu", "guidance_scale": 2.0}
 def adapters(tmp_path_factory):
     """Return a folder with three adapters for each tiny family: sd-a, sd-b, sd-c, ..."""
     folder = tmp_path_factory.mktemp("adapters")
-    for family in FAMILIES:
+    for family in tiny.STAPLES:
         _, components = components_of(tiny.PIPELINES[family]())
         for seed, letter in enumerate("abc"):
             found = adapter(components, family, seed)
@@ -54,7 +53,7 @@ def same(one, other):
     return len(one) == len(other) and all((pixels(a) == pixels(b)).all() for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.STAPLES)
 def test_a_batch_is_its_single_images(family, tmp_path, adapters):
     stack = {"adapter": (f"{adapters}/{family}-a.safetensors:0.5",)}
     single = made(tmp_path, family, count=4, **stack)
@@ -65,7 +64,7 @@ def test_a_batch_is_its_single_images(family, tmp_path, adapters):
     assert not same(single[:1], single[1:2])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.STAPLES)
 def test_strength_zero_is_the_base_and_the_order_is_no_matter(family, tmp_path, adapters):
     names = [f"{adapters}/{family}-{letter}.safetensors" for letter in "abc"]
     base = made(tmp_path, family)
@@ -90,7 +89,7 @@ def test_files_of_one_name_may_come_in_any_order(tmp_path, adapters):
     assert [row["name"] for row in one[0].recipe.adapters] == ["a/ink", "b/ink", "c/ink"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.STAPLES)
 def test_an_image_is_made_again_bit_for_bit(family, tmp_path, adapters):
     stack = {"adapter": (f"{adapters}/{family}-a.safetensors:0.5", f"{adapters}/{family}-b.safetensors:-0.3")}
     pictures = made(tmp_path, family, count=3, batch_size=3, scheduler="auto", negative_prompt="dog", **stack)
@@ -340,7 +339,7 @@ def test_sizes_and_numbers_out_of_range(settings, tmp_path):
 
 def test_a_size_that_this_base_cannot_make(tmp_path, monkeypatch):
     family = load_family(tiny.saved("sd3"), torch.float32, torch.device("cpu"))
-    family.pipeline.patch_size = 8
+    family.pipeline.vae_scale_factor = 8
     with pytest.raises(ConfigError, match="width: 24 is no multiple of 16"):
         job.sampling(family, GenerateConfig.of({"width": 24, "height": 32}))
 

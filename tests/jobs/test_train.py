@@ -17,7 +17,7 @@ from vislora import formats
 from vislora.errors import ConfigError, DataError, VisloraError
 from vislora.inject.injection import FreshOptions, inject_fresh
 from vislora.inject.targets import Target, select
-from vislora.models.base import load_family
+from vislora.models.base import components_of, load_family
 from vislora.registry import FAMILIES
 from vislora.training.loss import DenoisingLoss, LossOptions
 
@@ -37,13 +37,13 @@ def same(one, other) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.STAPLES)
 def test_training_gives_an_adapter_with_every_layer(family, tmp_path):
     value, records = trained(tmp_path, family)
     assert (value.path, value.step, value.finished) == (tmp_path / "run" / "run.safetensors", 4, True)
     adapter = formats.load(value.path)
     assert adapter.family == family
-    denoiser = tiny.unet() if family == "sd" else tiny.sd3_transformer()
+    denoiser = components_of(tiny.PIPELINES[family]())[1]["denoiser"]
     chosen = select(denoiser, [], "all", Target("", 2))
     assert {module.path for module in adapter.modules} == set(chosen)
     assert {module.component for module in adapter.modules} == {"denoiser"}
@@ -61,7 +61,7 @@ def test_training_gives_an_adapter_with_every_layer(family, tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.STAPLES)
 def test_metadata_says_what_was_trained_on_what(family, tmp_path):
     value, _ = trained(tmp_path, family, data__trigger="sks", adapter__alpha=1.0)
     with safe_open(value.path, "pt") as file:
@@ -75,13 +75,13 @@ def test_metadata_says_what_was_trained_on_what(family, tmp_path):
     assert metadata["vislora.steps"] == metadata["ss_steps"] == "4"
     assert "torch" in json.loads(metadata["vislora.versions"])
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("2", "1.0")
-    assert metadata["ss_network_module"] == "networks.lora"
+    assert metadata["ss_network_module"] == {"sd": "networks.lora"}.get(family, f"networks.lora_{family}")
     assert metadata["ss_num_train_images"] == "4"
     assert json.loads(metadata["ss_tag_frequency"])["images"]["sks"] == 4
     assert json.loads(metadata["ss_bucket_info"])["buckets"]["0"]["count"] == 4
     assert metadata["modelspec.sai_model_spec"] == "1.0.1"
     assert metadata["modelspec.architecture"].endswith("/lora")
-    assert metadata["modelspec.prediction_type"] == {"sd": "epsilon", "sd3": "flow"}[family]
+    assert metadata["modelspec.prediction_type"] == ("epsilon" if family == "sd" else "flow")
     assert metadata["modelspec.trigger_phrase"] == "sks"
 
 
@@ -163,14 +163,12 @@ def test_noise_offset_is_the_same_over_a_channel(small_batch):
     assert difference.abs().max() > 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.STAPLES)
 def test_text_encoders_are_trained_and_saved(family, tmp_path):
     value, records = trained(tmp_path, family, adapter__text_encoders=True, loop__steps=2)
     adapter = formats.load(value.path)
-    components = {module.component for module in adapter.modules}
-    assert (
-        components == {"sd": {"denoiser", "te:clip_l"}, "sd3": {"denoiser", "te:clip_l", "te:clip_g", "te:t5"}}[family]
-    )
+    text = {"sd": {"te:clip_l"}, "sd3": {"te:clip_l", "te:clip_g", "te:t5"}, "flux": {"te:clip_l", "te:t5"}}
+    assert {module.component for module in adapter.modules} == {"denoiser", *text[family]}
     for module in adapter.modules:
         if module.component.startswith("te:"):
             assert adapter.delta(module).abs().max() > 0, module.name
@@ -225,7 +223,7 @@ def test_gradient_checkpointing_computes_the_same(tmp_path, monkeypatch):
         assert torch.allclose(one[key], two[key], atol=1e-6)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.STAPLES)
 def test_bf16_on_a_cpu_keeps_the_adapter_in_float32(family, tmp_path):
     value, _ = trained(
         tmp_path,

@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 import torch
+from diffusers import FluxPipeline
 
 from tests import tiny
 from vislora.errors import ModelError
@@ -50,19 +51,29 @@ def test_a_loaded_family_is_frozen_and_keeps_the_contract(name):
     assert components_of(loaded.pipeline) == (name, dict(loaded.components))
 
 
+def sd_prompts(pipeline):
+    ids = pipeline.tokenizer(PROMPTS, padding="max_length", max_length=tiny.TOKENS, truncation=True).input_ids
+    return {"prompt_embeds": pipeline.text_encoder(torch.tensor(ids))[0]}
+
+
+def sd3_prompts(pipeline):
+    embeds, _, pooled, _ = pipeline.encode_prompt(PROMPTS, PROMPTS, PROMPTS)
+    return {"prompt_embeds": embeds, "pooled": pooled}
+
+
+def flux_prompts(pipeline):
+    embeds, pooled, _ = pipeline.encode_prompt(PROMPTS, PROMPTS)
+    return {"prompt_embeds": embeds, "pooled": pooled}
+
+
+ENCODED = {"sd": sd_prompts, "sd3": sd3_prompts, "flux": flux_prompts}
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_prompts_are_encoded_as_the_pipeline_does(name):
     loaded = family(name)
     with torch.no_grad():
-        mine = loaded.encode_prompt(PROMPTS)
-        if name == "sd":
-            ids = loaded.pipeline.tokenizer(
-                PROMPTS, padding="max_length", max_length=tiny.TOKENS, truncation=True, return_tensors="pt"
-            ).input_ids
-            expected = {"prompt_embeds": loaded.pipeline.text_encoder(ids)[0]}
-        else:
-            embeds, _, pooled, _ = loaded.pipeline.encode_prompt(PROMPTS, PROMPTS, PROMPTS)
-            expected = {"prompt_embeds": embeds, "pooled": pooled}
+        mine, expected = loaded.encode_prompt(PROMPTS), ENCODED[name](loaded.pipeline)
     assert mine.keys() == expected.keys()
     for key, tensor in mine.items():
         assert torch.equal(tensor, expected[key])
@@ -75,6 +86,11 @@ def test_a_caption_is_encoded_alone_as_in_a_batch(name):
         together, alone = loaded.encode_prompt(PROMPTS), loaded.encode_prompt(PROMPTS[:1])
     for key, tensor in alone.items():
         assert torch.allclose(tensor[0], together[key][0], atol=1e-6)
+
+
+def as_latents(name, given):
+    """Return what a denoiser takes or gives as latents (batch, 4, 8, 8); the pipeline knows how it packed them."""
+    return FluxPipeline._unpack_latents(given, 16, 16, 2) if name == "flux" else given
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -101,12 +117,11 @@ def test_predict_is_what_the_pipeline_computes(name):
     assert len(seen) == 3
     with torch.no_grad():
         conditioning = loaded.encode_prompt(["a red cat", "the house"])
-    for args, kwargs, out in seen:
-        noisy = args[0] if args else kwargs["hidden_states"]
-        t = args[1] if len(args) > 1 else kwargs["timestep"]
+    for (args, kwargs, out), t in zip(seen, loaded.pipeline.scheduler.timesteps, strict=True):
+        noisy = as_latents(name, args[0] if args else kwargs["hidden_states"])
         with torch.no_grad():
             predicted = loaded.predict(noisy, t.expand(2), conditioning)
-        assert (predicted - out[0]).abs().max() <= 1e-6
+        assert (predicted - as_latents(name, out[0])).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -130,7 +145,7 @@ def test_half_precision_bases_give_float32_latents_and_predictions_run(name):
     latents = loaded.encode_image(torch.zeros(1, 3, 16, 16))
     assert latents.dtype == torch.float32
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        t = loaded.objective.sample_t(1, torch.Generator().manual_seed(0))
+        t = loaded.objective.sample_t(latents.shape, torch.Generator().manual_seed(0))
         assert loaded.predict(latents, t, loaded.encode_prompt(["a cat"])).isfinite().all()
 
 

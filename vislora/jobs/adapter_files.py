@@ -13,7 +13,7 @@ from vislora.data.buckets import Bucket
 from vislora.data.dataset import counts
 from vislora.data.scan import Example, dataset_hash
 from vislora.formats.adapter_file import AdapterFile, AdapterModule
-from vislora.formats.names import canonical
+from vislora.formats.names import FAMILY_NAMES, canonical
 from vislora.inject.injection import AdapterSet
 from vislora.jobs.devices import DTYPES
 from vislora.jobs.plan import Plan
@@ -102,7 +102,7 @@ def _ss(plan: Plan, trained: Trained, name: str, step: int) -> dict[str, str]:
     values: dict[str, Any] = {
         "output_name": name,
         "sd_model_name": config.base or "vislora embedded",
-        "network_module": "networks.lora" if plain else "lycoris.kohya",
+        "network_module": FAMILY_NAMES[trained.family.card.name].network_module if plain else "lycoris.kohya",
         "network_dim": adapter.rank,
         "network_alpha": alpha,
         "network_args": json.dumps(network_args),

@@ -46,6 +46,8 @@ def run(config: GenerateConfig) -> Iterator[Record]:
         for prompt in prompts
         for number in range(config.count)
     ]
+    if config.negative_prompt and not studio.family.card.negative_prompt:
+        yield Note("negative_prompt: this base reads none; it has no effect", "warning")
     for end in cut_off(studio.family, [config.negative_prompt, *(prompt.text for prompt in prompts)]):
         yield Note(f"a prompt is too long for this base; not read: '{end}'", "warning")
     pictures: list[Picture] = []

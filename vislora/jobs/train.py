@@ -20,6 +20,7 @@ from vislora.config.train import TrainConfig
 from vislora.data.scan import dataset_hash
 from vislora.errors import ConfigError, listed, missing_extra
 from vislora.formats.adapter_file import AdapterFile
+from vislora.formats.names import FAMILY_NAMES
 from vislora.formats.writing import unwritable
 from vislora.inject.injection import AdapterSet, FreshOptions, eject, inject_fresh, summary
 from vislora.inject.parts import Dropout
@@ -235,10 +236,20 @@ def _chosen(config: TrainConfig, family: Family) -> dict[str, dict[str, Target]]
         for item in adapter.targets
     ]
     chosen = {"denoiser": select(family.components["denoiser"], targets, adapter.preset, default)}
-    for component, module in family.components.items():
-        if adapter.text_encoders and component != "denoiser":
-            chosen[component] = select(module, [], "attention-ff", default)
+    if adapter.text_encoders:
+        for component in _text_encoders(family):
+            chosen[component] = select(family.components[component], [], "attention-ff", default)
     return chosen
+
+
+def _text_encoders(family: Family) -> list[str]:
+    """Return those that adapter files of this family have a place for. Raises `ConfigError` when there is none."""
+    named = FAMILY_NAMES[family.card.name].tables
+    found = [component for component in family.components if component != "denoiser" and component in named]
+    if not found:
+        name = family.card.name
+        raise ConfigError(f"adapter.text_encoders: no program reads adapters for the text encoder of '{name}'")
+    return found
 
 
 def _fresh_options(config: TrainConfig) -> FreshOptions:

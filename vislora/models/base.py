@@ -27,12 +27,19 @@ _PARTS = ("tokenizer", "text_encoder", "unet", "transformer", "vae", "scheduler"
 
 @dataclass(frozen=True)
 class Card:
-    """What a family is recognised by. `attributes`: component of an adapter -> attribute of the pipeline."""
+    """What a family is recognised by, and how its pipelines are called.
+
+    `attributes`: component of an adapter -> attribute of the pipeline. `guidance`: the argument that takes the guidance
+    scale. `negative_prompt`: whether one is read. `prompt_tokens`: how many the pipeline reads at most.
+    """
 
     name: str
     pipelines: tuple[str, ...]
     denoiser: str
     attributes: Mapping[str, str]
+    guidance: str = "guidance_scale"
+    negative_prompt: bool = True
+    prompt_tokens: int = 256
 
 
 @dataclass(frozen=True)
@@ -117,17 +124,20 @@ def components_of(pipeline: Any) -> tuple[str | None, dict[str, nn.Module]]:
     raise ModelError(f"{type(pipeline).__name__} is neither a module nor a pipeline with a unet or transformer")
 
 
-def read_traits(path: Path, pipeline: Any, resolution: int, size_step: int, tags: Mapping[str, str]) -> Traits:
-    """Return the traits of a base: its pipeline's defaults, or what `vislora.json` in its folder says."""
+def read_traits(
+    path: Path, pipeline: Any, resolution: int, size_step: int, tags: Mapping[str, str], **defaults: float
+) -> Traits:
+    """Return the traits of a base: its pipeline's, then `defaults`, then what `vislora.json` in its folder says."""
     signature = inspect.signature(type(pipeline).__call__).parameters
     values: dict[str, Any] = {
         "resolution": resolution,
         "size_step": size_step,
         "steps": 20,
-        "guidance_scale": float(signature["guidance_scale"].default),
+        "guidance_scale": signature["guidance_scale"].default,
         "learning_rate": 1e-4,
         "train_steps": 1500,
         "batch_size": 1,
+        **defaults,
     }
     own = path / "vislora.json"
     if own.is_file():

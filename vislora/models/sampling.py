@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vislora.models.base import Family, quiet
+from vislora.models.parts import image_step
 from vislora.models.schedulers import scheduler_for
 
 
@@ -38,41 +39,38 @@ def make_images(family: Family, shots: Sequence[Shot], how: Sampling, batch_size
     """Yield the PIL images of each batch of `shots` in order. The family's own scheduler is put back afterwards."""
     for start in range(0, len(shots), batch_size):
         batch = shots[start : start + batch_size]
+        asked: dict[str, Any] = {family.card.guidance: how.guidance_scale}
+        if family.card.negative_prompt:
+            asked["negative_prompt"] = [shot.negative_prompt for shot in batch]
         with quiet(), torch.inference_mode(), _scheduler(family, how.scheduler):
             made = family.pipeline(
                 prompt=[shot.prompt for shot in batch],
-                negative_prompt=[shot.negative_prompt for shot in batch],
                 generator=[torch.Generator("cpu").manual_seed(shot.seed) for shot in batch],
                 num_inference_steps=how.steps,
-                guidance_scale=how.guidance_scale,
                 width=how.width,
                 height=how.height,
+                **asked,
             )
         yield made.images
 
 
 def picture_step(family: Family) -> int:
     """Return the number of pixels that the sides of an image must be a multiple of."""
-    pipeline = family.pipeline
-    return max(8, pipeline.vae_scale_factor * getattr(pipeline, "patch_size", 1))
+    return image_step(family.pipeline)
 
 
 def cut_off(family: Family, prompts: Iterable[str]) -> list[str]:
     """Return, for each prompt that is too long for every text encoder of the base, the end of it that is not read."""
     parts = [part for name, part in family.pipeline.components.items() if name.startswith("tokenizer") and part]
-    longest = max(parts, key=_limit)
+    longest = max(parts, key=lambda part: part.model_max_length)
+    limit = min(longest.model_max_length, family.card.prompt_tokens)
     found = []
     with quiet():
         for prompt in dict.fromkeys(prompts):
             ids = longest(prompt, truncation=False).input_ids
-            if len(ids) > _limit(longest):
-                found.append(longest.decode(ids[_limit(longest) - 1 :], skip_special_tokens=True).strip())
+            if len(ids) > limit:
+                found.append(longest.decode(ids[limit - 1 :], skip_special_tokens=True).strip())
     return found
-
-
-def _limit(tokenizer: Any) -> int:
-    """CLIP takes 77 tokens; T5 has no limit of its own, and the pipelines give it 256."""
-    return min(tokenizer.model_max_length, 256)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vislora.diffusion import Discrete
 from vislora.errors import ModelError
 from vislora.models.base import Card, Traits, quiet, read_traits
+from vislora.models.parts import encode_scaled
 
 
 class StableDiffusion:
@@ -45,10 +46,7 @@ class StableDiffusion:
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Return the scaled mode of the VAE's posterior."""
-        vae = self.pipeline.vae
-        with torch.no_grad():
-            mode = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
-        return (mode * vae.config.scaling_factor).float()
+        return encode_scaled(self.pipeline.vae, pixels)
 
     def encode_prompt(self, prompts: list[str]) -> dict[str, Tensor]:
         """Return `prompt_embeds` (batch, tokens, width)."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vislora.diffusion import Flow
 from vislora.models.base import Card, Traits, absent_parts, quiet, read_traits
+from vislora.models.parts import encode_scaled
 
 
 class StableDiffusion3:
@@ -47,10 +48,7 @@ class StableDiffusion3:
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Return the shifted and scaled mode of the VAE's posterior."""
-        vae = self.pipeline.vae
-        with torch.no_grad():
-            mode = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
-        return ((mode - vae.config.shift_factor) * vae.config.scaling_factor).float()
+        return encode_scaled(self.pipeline.vae, pixels)
 
     def encode_prompt(self, prompts: list[str]) -> dict[str, Tensor]:
         """Return `prompt_embeds` (batch, tokens, width) and `pooled` (batch, width)."""

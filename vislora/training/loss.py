@@ -42,7 +42,7 @@ class DenoisingLoss(nn.Module):
         device = next(self.parameters()).device
         latents = batch["latents"].to(device)
         noise = self._noise(latents, generator)
-        t = family.objective.sample_t(len(latents), generator).to(device)
+        t = family.objective.sample_t(latents.shape, generator).to(device)
         text = batch["text"]
         conditioning = family.encode_prompt(batch["captions"]) if text is None else _to(text, device)
         noisy = family.objective.add_noise(latents, noise, t)

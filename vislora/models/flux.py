@@ -1,0 +1,96 @@
+"""FLUX.1 dev, schnell and Kontext: an MM-DiT over packed latents with CLIP and T5, trained as a rectified flow.
+
+dev and Kontext were distilled to take the guidance scale as an input. An adapter is trained at 1, where that input is
+neutral, and used at any (kohya-ss/sd-scripts, docs/flux_train_network.md, `--guidance_scale`). Kontext's source image
+is a second run of tokens whose first position is 1 (FLUX.1 Kontext, arXiv 2506.15742, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vislora.models.base import Card, Traits, absent_parts, quiet, read_traits
+from vislora.models.parts import encode_scaled, flow_of, grid_ids, image_step, pack, unpack
+
+TRAINING_GUIDANCE = 1.0
+
+
+class Flux:
+    """A loaded `FluxPipeline` or `FluxKontextPipeline`. See `models.base.Family`."""
+
+    card: ClassVar[Card] = Card(
+        name="flux",
+        pipelines=("FluxPipeline", "FluxKontextPipeline"),
+        denoiser="FluxTransformer2DModel",
+        attributes={"denoiser": "transformer", "te:clip_l": "text_encoder", "te:t5": "text_encoder_2"},
+        negative_prompt=False,
+        prompt_tokens=512,
+    )
+
+    def __init__(self, pipeline: Any, traits: Traits) -> None:
+        self.pipeline = pipeline
+        self.traits = traits
+        self.components: dict[str, nn.Module] = {
+            name: getattr(pipeline, attribute) for name, attribute in self.card.attributes.items()
+        }
+        self.objective = flow_of(pipeline.scheduler)
+
+    @classmethod
+    def load(cls, path: Path, dtype: torch.dtype, device: torch.device) -> Flux:
+        """Load a diffusers folder, without an image encoder: that is for IP-adapters."""
+        from diffusers import DiffusionPipeline
+
+        parts = {**absent_parts(path), "image_encoder": None, "feature_extractor": None}
+        pipeline = DiffusionPipeline.from_pretrained(path, dtype=dtype, **parts).to(device)
+        resolution = pipeline.default_sample_size * pipeline.vae_scale_factor
+        defaults = {"steps": 28} if pipeline.transformer.config.guidance_embeds else {"steps": 4, "guidance_scale": 1.0}
+        return cls(pipeline, read_traits(path, pipeline, resolution, image_step(pipeline), _tags(pipeline), **defaults))
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Return the shifted and scaled mode of the VAE's posterior."""
+        return encode_scaled(self.pipeline.vae, pixels)
+
+    def encode_prompt(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Return `prompt_embeds` (batch, 512, width) of T5 and `pooled` (batch, width) of CLIP."""
+        with quiet():  # of captions that are too long: `sampling.cut_off` tells it once
+            embeds, pooled, _ = self.pipeline.encode_prompt(prompts)
+        return {"prompt_embeds": embeds, "pooled": pooled}
+
+    def predict(self, noisy: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """Run the transformer; `source` latents (batch, channels, height, width) are what Kontext edits."""
+        transformer, embeds = self.pipeline.transformer, conditioning["prompt_embeds"]
+        tokens, ids = pack(noisy), grid_ids(noisy)
+        count = tokens.shape[1]
+        if "source" in conditioning:
+            source = conditioning["source"].to(noisy.dtype)
+            tokens, ids = torch.cat([tokens, pack(source)], 1), torch.cat([ids, grid_ids(source, first=1)])
+        distilled = transformer.config.guidance_embeds
+        predicted = transformer(
+            hidden_states=tokens,
+            timestep=t / 1000,
+            guidance=torch.full((len(t),), TRAINING_GUIDANCE, device=t.device) if distilled else None,
+            pooled_projections=conditioning["pooled"],
+            encoder_hidden_states=embeds,
+            txt_ids=torch.zeros(embeds.shape[1], 3, device=ids.device),
+            img_ids=ids,
+            return_dict=False,
+        )[0]
+        return unpack(predicted[:, :count], *noisy.shape[-2:])
+
+
+def _tags(pipeline: Any) -> dict[str, str]:
+    """The names are those of sd-scripts and ModelSpec (github.com/Stability-AI/ModelSpec)."""
+    kontext = "Kontext" in type(pipeline).__name__
+    kind = "kontext" if kontext else "dev" if pipeline.transformer.config.guidance_embeds else "schnell"
+    return {
+        "ss_base_model_version": "flux1",
+        "ss_v2": "False",
+        "modelspec.architecture": f"flux-1-{kind}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.prediction_type": "flow",
+    }

@@ -1,0 +1,68 @@
+"""What several families share: latents of a VAE, latents as a row of tokens, the flow objective of a scheduler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vislora.diffusion import Flow, GrowingShift
+
+PATCH = 2
+"""Side of the squares of latents that become one token."""
+
+
+def encode_scaled(vae: Any, pixels: Tensor) -> Tensor:
+    """Return the mode of an `AutoencoderKL`'s posterior as its denoiser wants it: shifted and scaled, float32."""
+    with torch.no_grad():
+        mode = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+    return ((mode - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).float()
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Return squares of latents as tokens: (batch, channels, height, width) -> (batch, height width / 4, 4 channels).
+
+    A token holds its square channel by channel, as black-forest-labs/flux, src/flux/sampling.py `prepare` packs it.
+    """
+    batch, channels, height, width = latents.shape
+    squares = latents.view(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return squares.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * PATCH**2)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Return tokens as latents (batch, channels, height, width): `pack` backwards."""
+    squares = tokens.view(len(tokens), height // PATCH, width // PATCH, -1, PATCH, PATCH)
+    return squares.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, height, width)
+
+
+def grid_ids(latents: Tensor, first: int = 0) -> Tensor:
+    """Return the position of each token that `pack` makes: (tokens, 3) with `first`, row, column."""
+    rows, columns = (torch.arange(side // PATCH, device=latents.device) for side in latents.shape[-2:])
+    picture = torch.full((1,), first, device=latents.device)
+    return torch.cartesian_prod(picture, rows, columns).float()
+
+
+def flow_of(scheduler: Any, patch: int = PATCH) -> Flow:
+    """Return the objective of a flow scheduler; timesteps are shifted in training as they are in sampling.
+
+    `patch`: side of the squares of latents that count as one token where the shift grows with the picture.
+    """
+    config = scheduler.config
+    if not config.get("use_dynamic_shifting"):
+        return Flow(shift=float(config.shift))
+    return Flow(
+        shift=GrowingShift(
+            tokens=(config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)),
+            mu=(config.get("base_shift", 0.5), config.get("max_shift", 1.15)),
+            patch=patch,
+            exponential=config.get("time_shift_type", "exponential") == "exponential",
+        )
+    )
+
+
+def image_step(pipeline: Any) -> int:
+    """Return the number of pixels that the sides of a pipeline's images must be a multiple of."""
+    denoiser = pipeline.components.get("transformer") or pipeline.unet
+    patch = pipeline.vae_scale_factor * denoiser.config.get("patch_size", 1)
+    return max(8, patch, pipeline.image_processor.config.vae_scale_factor)
