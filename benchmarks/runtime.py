@@ -33,6 +33,7 @@ from vislora.formats.names import canonical
 from vislora.inject.engines import merge, unmerge
 from vislora.inject.injection import eject, inject_modules
 from vislora.inject.stack import settle, stack_of
+from vislora.inject.strength import per_image
 from vislora.inject.targets import Target, select
 from vislora.jobs.pipelines import by_component
 
@@ -178,8 +179,7 @@ class Bases:
 
     def strengths(self, given: Mapping[str, Any]) -> None:
         """Set strengths as `vislora.set_strengths` does."""
-        for name, strength in given.items():
-            stack_of(self.mine).set_strength(name, strength)
+        stack_of(self.mine).set_strengths({name: per_image(name, strength) for name, strength in given.items()})
         settle(self.mine)
 
     def add(self, count: int) -> None:

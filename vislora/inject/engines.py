@@ -19,7 +19,7 @@ from vislora.errors import ConfigError, nearest
 from vislora.inject.layer import LayerState, state_of
 from vislora.inject.parts import PerImage, parts_of
 from vislora.inject.stack import Stack, existing_stack
-from vislora.inject.targets import unwrapped
+from vislora.inject.targets import unwrapped, walk
 
 Engine = Literal["auto", "merged", "stacked"]
 PLAIN = {base.forward for base in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
@@ -35,10 +35,12 @@ def require_engine(name: str) -> None:
 def choose_engine(model: nn.Module, engine: str, paths: Iterable[str] | None = None) -> None:
     """Have the adapted layers at `paths` (None: all) compute by `engine` from their next forward on."""
     stack = existing_stack(model)
-    if stack is None:
-        return
+    if stack is not None:
+        _choose(stack, engine, paths, engine != "stacked" and _group_offloaded(model))
+
+
+def _choose(stack: Stack, engine: str, paths: Iterable[str] | None, away: bool) -> None:
     stack.engine = engine
-    away = _group_offloaded(model)
     for path in stack.adapted() if paths is None else paths:
         layer = stack.at(path)
         state = state_of(layer)
@@ -60,11 +62,11 @@ def merge(model: nn.Module) -> None:
     stack = existing_stack(model)
     if stack is None or _group_offloaded(model):
         return
-    choose_engine(model, "merged")
+    _choose(stack, "merged", None, away=False)
     for path in stack.adapted():
         layer = stack.at(path)
         state = state_of(layer)
-        if state is not None and state.merges and state.on:
+        if state is not None and state.merges and state.on and not why_beside(layer, state, "merged"):
             state.drop()
             state.prepare(layer)
 
@@ -122,5 +124,5 @@ def _way(stack: Stack, path: str, name: str, away: bool) -> str:
 
 def _group_offloaded(model: nn.Module) -> bool:
     """Say whether diffusers may hold weights on the disk: what is in memory between two forwards is then noise."""
-    registries = (module.__dict__.get("_diffusers_hook") for module in unwrapped(model).modules())
+    registries = (module.__dict__.get("_diffusers_hook") for _, module in walk(unwrapped(model)))
     return any(registry is not None and "group_offloading" in registry.hooks for registry in registries)

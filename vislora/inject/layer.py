@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vislora.algorithms.base import apply_weight
 from vislora.errors import AdapterMismatchError, ConfigError
-from vislora.inject.parts import LayerAdapter, Part, parts_of
+from vislora.inject.parts import LayerAdapter, Part, merged, parts_of
 
 STATE = "_vislora_layer"
 HOOKS = ("accelerate.hooks", "diffusers.hooks.hooks")
@@ -34,8 +34,9 @@ class LayerState:
 
     `on`: those of the adapters that have an effect. `merges`: the engine is a merged weight, wherever the strengths
     allow one. `merged`: the base weight with the active deltas in it, as `source` (weight, its version) was when it was
-    computed. `parts`: what is computed beside the base when there is none. Both are made on first use and dropped by
-    every change. `room`: reserved for a compiled model; then it is the one part, always.
+    computed; `spare`: the memory of the last one, for the next. `parts`: what is computed beside the base when there is
+    no merged weight. Both are made on first use and dropped by every change. `room`: reserved for a compiled model;
+    then it is the one part, always.
     """
 
     base_class: type[nn.Module]
@@ -44,6 +45,7 @@ class LayerState:
     room: Part | None = None
     merges: bool = False
     merged: Tensor | None = None
+    spare: Tensor | None = None
     source: tuple[weakref.ref[Tensor], int] | None = None
     parts: list[Part] | None = None
 
@@ -56,6 +58,10 @@ class LayerState:
 
     def drop(self) -> None:
         """Drop what was made of the adapters."""
+        if self.merged is not None:
+            self.spare = self.merged
+        if not self.merges:
+            self.spare = None
         self.merged = None
         self.parts = [self.room] if self.room is not None else None
 
@@ -72,10 +78,12 @@ class LayerState:
         """Compute `merged` from `weight`, in float32 with one rounding."""
         # no inference tensor, which later passes with gradients could not use
         with torch.inference_mode(False), torch.no_grad():
-            total = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-            for adapter in self.on.values():
-                total = total + adapter.delta(weight.detach())
-            self.merged = total.to(weight.dtype)
+            like = (weight.shape, weight.dtype, weight.device)
+            buffer = self.merged if self.merged is not None else self.spare
+            if buffer is None or (buffer.shape, buffer.dtype, buffer.device) != like:
+                buffer = torch.empty_like(weight)
+            self.merged = merged(weight.detach(), list(self.on.values()), buffer)
+            self.spare = None
         self.source = weakref.ref(weight), _version(weight)
 
     def bias_of(self, layer: nn.Module) -> Tensor | None:
@@ -95,8 +103,8 @@ class LayerState:
         return self.source is None or self.source[0]() is not weight or self.source[1] != _version(weight)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the source out: the weight of a copy is another one."""
-        return {**self.__dict__, "source": None}
+        """Leave the source and spare memory out: the weight of a copy is another one."""
+        return {**self.__dict__, "source": None, "spare": None}
 
 
 def _version(tensor: Tensor) -> int:

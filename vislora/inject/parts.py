@@ -66,6 +66,11 @@ class LayerAdapter:
         return any(strength != 0.0 for strength in self.strengths)
 
     @property
+    def is_plain(self) -> bool:
+        """Say whether this is a LoRA of two matrices and nothing else."""
+        return self.algorithm.name == "lora" and self.slots.keys() == PLAIN and self.magnitude is self.bias is None
+
+    @property
     def is_constant(self) -> bool:
         """Say whether the strength is one number."""
         return not self.varies
@@ -235,6 +240,30 @@ class PerImage:
         return torch.cat(downs), torch.cat(ups, 1)
 
 
+def merged(weight: Tensor, adapters: Sequence[LayerAdapter], out: Tensor) -> Tensor:
+    """Write `weight` plus the deltas of `adapters` into `out`, its like, and return it.
+
+    The sum is made in float32 (float64 for float64) and rounded once: of plain LoRAs in one product, then of the
+    others, each in the order given.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    total = weight.to(dtype).flatten(1)
+    joined = [adapter for adapter in adapters if adapter.is_plain]
+    if joined:
+        ups = [
+            scaled(_up(adapter).to(weight.device, dtype), adapter.scale * adapter.strengths[0]) for adapter in joined
+        ]
+        downs = [adapter.slots["down"].flatten(1).to(weight.device, dtype) for adapter in joined]
+        place = out.flatten(1) if out.dtype == dtype and out.is_contiguous() else None
+        total = torch.addmm(total, torch.cat(ups, 1), torch.cat(downs), out=place)
+    for adapter in adapters:
+        if not adapter.is_plain:
+            total = total + adapter.delta(weight).flatten(1)
+    if total.data_ptr() != out.data_ptr():
+        out.copy_(total.reshape(out.shape))
+    return out
+
+
 def parts_of(adapters: Sequence[LayerAdapter], layer: nn.Module) -> list[Part]:
     """Return what computes the effects of `adapters` on `layer`: LoRAs joined, the others each for itself."""
     joinable: dict[int, list[LayerAdapter]] = defaultdict(list)
@@ -257,11 +286,8 @@ def _joined(adapters: list[LayerAdapter], layer: nn.Module) -> Part:
 
 def can_join(adapter: LayerAdapter, layer: nn.Module) -> bool:
     """Say whether `adapter` is a plain frozen LoRA, on a layer where several can be computed as one."""
-    plain = (
-        adapter.algorithm.name == "lora" and adapter.slots.keys() == PLAIN and adapter.magnitude is adapter.bias is None
-    )
     frozen = not adapter.training and not any(slot.requires_grad for slot in adapter.slots.values())
-    return plain and frozen and takes_lora(layer)
+    return adapter.is_plain and frozen and takes_lora(layer)
 
 
 def takes_lora(layer: nn.Module) -> bool:

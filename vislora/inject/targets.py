@@ -111,7 +111,7 @@ class Index:
 
 def index(model: nn.Module) -> Index:
     """Return the index of `model`, from one walk through its modules."""
-    everywhere = [(path, module) for path, module in _walk(unwrapped(model)) if path]
+    everywhere = [(path, module) for path, module in walk(unwrapped(model)) if path]
     attentions = {path: module for path, module in everywhere if can_fuse(module)}
     bypassed = {
         id(child)
@@ -139,7 +139,7 @@ def adaptable(model: nn.Module) -> Mapping[str, nn.Module]:
     return index(model).layers
 
 
-def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield every module with its path, at each of its places, parents first; `named_modules` is slow in deep trees."""
     pending = [("", model)]
     while pending:
