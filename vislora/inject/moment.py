@@ -21,6 +21,9 @@ from vislora.inject.places import Places
 from vislora.inject.progress import Loop, progress_of
 from vislora.inject.strength import Strength
 
+OUTSIDE = (
+    "strengths that differ by image, step or place are looked up outside of a graph; vislora.reserve needs no break"
+)
 PASSES = 3
 """The most copies of a batch in one forward that guidance makes: without a prompt, with it, and perturbed."""
 Grid = tuple[int, int, int] | None
@@ -69,23 +72,26 @@ class Moment:
 
     def begin(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Read what the model is called with. Raises a `VisloraError` for what the strengths do not fit."""
-        first = next((item for item in (*args, *kwargs.values()) if isinstance(item, Tensor) and item.dim()), None)
+        named = [kwargs[name] for name in ("sample", "hidden_states") if name in kwargs]
+        given = (*args, *named, *kwargs.values())
+        first = next((item for item in given if isinstance(item, Tensor) and item.dim()), None)
         if first is None:
             raise AdapterMismatchError(f"{type(model).__name__} is called without a tensor: nothing tells its rows")
         self.rows = first.shape[0]
-        given = [strength for strengths in self.varying.values() for strength in strengths]
+        varying = [strength for strengths in self.varying.values() for strength in strengths]
         if self._is_denoiser:
             self._require_rows(self.rows)
-            regions = [strength.region for strength in given if strength.region is not None]
+            regions = [strength.region for strength in varying if strength.region is not None]
             self.places = Places.of(model, first, kwargs) if regions else None
             for region in regions if self.places else ():
                 region.require_shape(*self.places.sides)  # type: ignore[union-attr]
-            if any(strength.steps is not None for strength in given):
+            if any(strength.steps is not None for strength in varying):
                 self.progress = progress_of(self.loop, args, kwargs)
         signature = self.rows, self.places, tuple((name, self._over(name)) for name in self.varying)
         if signature != self._signature:
             self._made, self._signature = {}, signature
 
+    @torch.compiler.disable(reason=OUTSIDE)
     def factor(self, shares: Sequence[Share], out: Tensor, axis: int, path: str) -> Tensor:
         """Return what an effect on the layer at `path` is multiplied by, in the dtype and on the device of `out`.
 
@@ -112,6 +118,7 @@ class Moment:
         self.require_agreement(name, torch.tensor(given).unbind(), name)
         return [given[image] for image in self.image_rows(self.rows or 1, name)]
 
+    @torch.compiler.disable(reason=OUTSIDE)
     def image_rows(self, here: int, path: str) -> tuple[int, ...]:
         """Return the image of each of `here` rows of the layer at `path`. Raises `AdapterMismatchError`."""
         rows, images = self.rows or here, self.images

@@ -19,7 +19,7 @@ from vislora.inject.injection import eject as eject_from
 from vislora.inject.progress import Loop
 from vislora.inject.stack import Stack, existing_stack, settle
 from vislora.inject.strength import Strength, per_image
-from vislora.inject.targets import adaptable
+from vislora.inject.targets import index
 from vislora.models.base import components_of
 
 Given = float | Strength | Sequence[float | Strength | None]
@@ -50,7 +50,7 @@ def attach(
     """Put an adapter that is in memory on `pipeline`; see `load`."""
     family, components = components_of(pipeline)
     strengths = per_image(name, strength)
-    _require_fitting({name: strengths}, components)
+    _require_fitting({**_set(_stacks(pipeline)), name: strengths}, components)
     found = by_component(adapter_file, components, isinstance(pipeline, nn.Module))
     missing = [component for component in found if component not in components]
     misfits = [f"{component}: this pipeline has no such component" for component in missing]
@@ -184,7 +184,8 @@ def _require_fitting(strengths: Mapping[str, Sequence[Strength]], components: Ma
 
 def _paths(model: nn.Module) -> Iterable[str]:
     stack = existing_stack(model)
-    return stack.index.layers if stack else adaptable(model)
+    known = stack.index if stack else index(model)
+    return [*known.layers, *known.norms]
 
 
 def _follow(pipeline: Any, components: Mapping[str, nn.Module]) -> None:
