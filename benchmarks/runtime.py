@@ -1,8 +1,8 @@
 """Many adapters on one base against diffusers and PEFT: CPU time, side by side and taking turns.
 
-Loading and unloading: an SDXL file of 986 modules (UNet and both text encoders, whole trees, widths cut to a quarter:
-the cost is per module). Steps, switches and mixed batches: LoRAs of rank 16 on the attention of a UNet of half width,
-latents of 32 x 32. One thread. A bar is the largest ratio of medians over pairs that is aimed at.
+Loading and unloading: an SDXL file of 986 modules in float16, as its models (UNet and both text encoders, whole trees,
+widths cut to a quarter: the cost is per module). Steps, switches and mixed batches: LoRAs of rank 16 on the attention of
+a UNet of half width, latents of 32 x 32. One thread. A bar is the largest ratio of medians over pairs that is aimed at.
 
 Run: python -m benchmarks.runtime [--model sd15|sdxl] [--rounds N] [--only NAME] [--report FILE]
 """
@@ -88,7 +88,7 @@ def text_encoder(layers: int, width: int, projected: bool) -> Any:
     ids = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     config = CLIPTextConfig(num_hidden_layers=layers, **sizes, **ids)
     kind = CLIPTextModelWithProjection if projected else CLIPTextModel
-    return shapes.filled(lambda: kind(config), "cpu", torch.float32)
+    return shapes.filled(lambda: kind(config), "cpu", torch.float16)
 
 
 def sdxl_file(components: Mapping[str, Any], path: Path) -> int:
@@ -112,7 +112,7 @@ def loading(rounds: int) -> Iterator[Result]:
     """Bars 1 and 2."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
-    unet = shapes.sdxl_unet(shrink=4)
+    unet = shapes.sdxl_unet(dtype=torch.float16, shrink=4)
     texts = text_encoder(12, 96, False), text_encoder(32, 160, True)
     components = {"denoiser": unet, "te:clip_l": texts[0], "te:clip_g": texts[1]}
     pipeline = StableDiffusionXLPipeline(

@@ -123,9 +123,12 @@ def read_scalar(path: Path, key: str, info: TensorInfo) -> float:
     """Decode a tensor of one element, such as an alpha. Raises `AdapterFileError` when it is not one number."""
     if info.count != 1 or info.dtype not in (*SCALARS, *HALVES, "F8_E4M3"):
         raise AdapterFileError(f"{path}: '{key}' should be one number, it is {info.dtype} of shape {list(info.shape)}")
-    with open(path, "rb", buffering=0) as file:  # a file has thousands of alphas: each would get a buffer
-        file.seek(info.start)
-        data = file.read(info.end - info.start)
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))  # thousands of alphas: no object for each
+    try:
+        os.lseek(descriptor, info.start, os.SEEK_SET)
+        data = os.read(descriptor, info.end - info.start)
+    finally:
+        os.close(descriptor)
     if info.dtype == "F8_E4M3":
         return _e4m3(data[0])
     wide = HALVES.get(info.dtype, info.dtype)

@@ -19,6 +19,7 @@ from vislora.formats.adapter_file import AdapterFile, AdapterModule, BiasRule, S
 from vislora.formats.checks import problems
 from vislora.formats.detect import ParsedFile, parse_file, unknown_file
 from vislora.formats.embeddings import embedding_name
+from vislora.formats.header import BITS, TensorInfo
 from vislora.formats.parsed import ParsedModule, Ref
 from vislora.formats.split_qkv import split_notes
 from vislora.formats.tensor_file import Read, copied, is_finite, mapped
@@ -109,6 +110,7 @@ class _Reader:
         self._opened, self._stack = opened, stack
         self._files: dict[Path, Read] = {}
         self._tensors: dict[tuple[Path, str], Tensor] = {}
+        self._mapped: dict[tuple[Path, str], TensorInfo] = {}
 
     def read(self, ref: Ref) -> Tensor:
         """Return the tensor that `ref` stands for."""
@@ -120,13 +122,33 @@ class _Reader:
     def forget(self) -> None:
         """Give up the tensors that were read so far."""
         self._tensors.clear()
+        self._mapped.clear()
 
     def check(self, path: Path) -> None:
         """Raise `AdapterFileError` when tensors that were read are not finite."""
+        if all(is_finite(numbers) for numbers in self._runs()):
+            return
         odd = sorted({key for (_, key), tensor in self._tensors.items() if not is_finite(tensor)})
         if odd:
             title = f"{path}: {len(odd)} tensors hold numbers that are not finite (NaN or infinite):"
             raise AdapterFileError(listed(title, odd))
+
+    def _runs(self) -> Iterator[Tensor]:
+        """Yield all that was read: of a mapped file neighbours of one type as one, for a file has thousands."""
+        infos: dict[Path, list[TensorInfo]] = {}
+        for place, tensor in self._tensors.items():
+            if place in self._mapped:
+                infos.setdefault(place[0], []).append(self._mapped[place])
+            else:
+                yield tensor
+        for path, found in infos.items():
+            found.sort(key=lambda info: info.start)
+            first = found[0]
+            for info, following in zip(found, [*found[1:], None], strict=True):
+                if following is None or (following.start, following.dtype) != (info.end, info.dtype):
+                    count = (info.end - first.start) * 8 // BITS[info.dtype]
+                    yield self._files[path](TensorInfo(info.dtype, (count,), first.start, info.end))
+                    first = following or first
 
     def _whole(self, ref: Ref) -> Tensor:
         place = ref.part.path, ref.key
@@ -135,7 +157,10 @@ class _Reader:
                 if ref.part.path not in self._files:
                     opened = copied if ref.part.copy else self._opened  # a temporary copy is deleted soon
                     self._files[ref.part.path] = opened(ref.part.file, self._stack)
-                tensor = self._files[ref.part.path](ref.part.header.tensors[ref.key])
+                info = ref.part.header.tensors[ref.key]
+                tensor = self._files[ref.part.path](info)
+                if self._opened is mapped and not ref.part.copy:
+                    self._mapped[place] = info
             except (OSError, RuntimeError, ValueError) as error:
                 raise AdapterFileError(f"{ref.part.path}: '{ref.key}' cannot be read: {error}") from error
             self._tensors[place] = tensor

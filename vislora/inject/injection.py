@@ -231,14 +231,14 @@ def _misfit(layer: nn.Module | None, module: FileModule) -> str | None:
         return str(error)
     if layer is None:
         return f"the model has no such layer (the adapter's delta is {tuple(shape)})"
-    return _unlike(layer, algorithm, module) or _unlike_bias(layer, module)
+    return _unlike(layer, algorithm, module, shape) or _unlike_bias(layer, module)
 
 
-def _unlike(layer: nn.Module, algorithm: Algorithm, module: FileModule) -> str | None:
+def _unlike(layer: nn.Module, algorithm: Algorithm, module: FileModule, shape: tuple[int, ...]) -> str | None:
     """Return what sets the layer apart from those that this module is for, None when nothing does."""
     spec = LayerSpec.of(layer) or LayerSpec.of_norm(layer)
     assert spec is not None  # the indices of the stack hold only such layers
-    shape, kinds = algorithm.shape(module.slots), algorithm.kinds(module.slots)
+    kinds = algorithm.kinds(module.slots)
     if not fits(shape, spec.weight_shape, algorithm.flat):
         return f"the adapter's delta is {tuple(shape)}, the layer's weight {tuple(spec.weight_shape)}"
     if spec.kind not in kinds:
@@ -252,10 +252,12 @@ def _unlike(layer: nn.Module, algorithm: Algorithm, module: FileModule) -> str |
 
 
 def _unlike_bias(layer: nn.Module, module: FileModule) -> str | None:
+    if module.bias is None:
+        return None
     spec = LayerSpec.of(layer) or LayerSpec.of_norm(layer)
     assert spec is not None  # the indices of the stack hold only such layers
     outputs = spec.weight_shape[0]
-    if module.bias is None or module.bias.numel() == outputs:
+    if module.bias.numel() == outputs:
         return None
     return f"the adapter's change of the bias is {tuple(module.bias.shape)}, the layer has {outputs} outputs"
 
