@@ -1,7 +1,7 @@
 """Many adapters on one base against diffusers and PEFT: CPU time, side by side and taking turns.
 
 Loading and unloading: an SDXL file of 986 modules in float16, as its models (UNet and both text encoders, whole trees,
-widths cut to a quarter: the cost is per module). Steps, switches and mixed batches: LoRAs of rank 16 on the attention of
+widths cut to a quarter: the cost is per module). Steps, switches, mixed batches: LoRAs of rank 16 on the attention of
 a UNet of half width, latents of 32 x 32. One thread. A bar is the largest ratio of medians over pairs that is aimed at.
 
 Run: python -m benchmarks.runtime [--model sd15|sdxl] [--rounds N] [--only NAME] [--report FILE]

@@ -157,3 +157,18 @@ def test_strengths_for_several_numbers_of_images_are_refused_while_the_model_run
     model = set_strength(loaded(tiny.model("vit"), "vit"), [1.0, 0.0, 0.5])
     with pytest.raises(ConfigError, match="given for 3 images, and denoiser runs 2 rows"):
         tiny.output(model, "vit")
+
+
+@pytest.mark.parametrize("strengths", [(0.5, 0.7), ([1.0, None], [None, 0.5]), ([1.0, 0.5], 0.3)])
+def test_under_autocast_and_with_gradients(strengths):
+    model, x = nn.Sequential(nn.Linear(6, 5)), torch.randn(2, 3, 6, requires_grad=True)
+    for name, seed, strength in zip("ab", (1, 2), strengths, strict=True):
+        inject_modules(model, name, file_modules(model, "cnn", seed), strength)
+    out = model(x)
+    out.sum().backward()
+    assert x.grad.any()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), out)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model(x)
+    torch.testing.assert_close(found.float(), out, rtol=0.1, atol=0.1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -152,7 +152,7 @@ class Joined:
     """Several LoRAs on one layer as one: A = [A1; A2; ...] and B = [B1, B2, ...], in the order of their names.
 
     With constant strengths B holds them and the scales, multiplied in float32; else B holds the scales, and what A
-    makes of x is multiplied by the strengths of the moment.
+    makes of x is multiplied by the strengths of the moment. fresh: what the base gives is a new tensor.
     """
 
     adapters: list[LayerAdapter]
@@ -160,6 +160,7 @@ class Joined:
     down: Tensor
     up: Tensor
     constant: bool
+    fresh: bool
 
     @staticmethod
     def of(adapters: list[LayerAdapter], layer: nn.Module) -> Joined:
@@ -172,10 +173,11 @@ class Joined:
         up = torch.cat(ups, 1)
         return Joined(
             adapters,
-            [adapter.slots["down"].shape[0] for adapter in adapters],
+            [_rank(adapter) for adapter in adapters],
             down.reshape(down.shape[0], -1, *kernel),
             up.reshape(*up.shape, *[1] * len(kernel)),
             constant,
+            _gives_fresh(layer),
         )
 
     def apply(self, x: Tensor, base_out: Tensor, layer: nn.Module) -> Tensor:
@@ -192,7 +194,8 @@ class Joined:
             return base_out + CONV[len(layer.kernel_size)](hidden, self.up)
         hidden = self._weighted(F.linear(x, self.down), layer)
         rows = base_out.reshape(-1, base_out.shape[-1])
-        return torch.addmm(rows, hidden.reshape(-1, hidden.shape[-1]), self.up.T).reshape(base_out.shape)
+        add = torch.Tensor.addmm_ if self.fresh and _in_place(x) else torch.addmm
+        return add(rows, hidden.reshape(-1, hidden.shape[-1]), self.up.T).reshape(base_out.shape)
 
     def _weighted(self, hidden: Tensor, layer: nn.Module) -> Tensor:
         return hidden if self.constant else hidden * _factor(self.adapters, self.ranks, hidden, layer)
@@ -204,29 +207,31 @@ class PerImage:
 
     adapters: list[LayerAdapter]
     moment: Moment
-    _made: tuple[tuple[int, ...], Tensor, Tensor] | None = None
+    fresh: bool
+    _made: tuple[Any, Tensor, Tensor] | None = None
 
     def apply(self, x: Tensor, base_out: Tensor, layer: nn.Module) -> Tensor:
         """Return `base_out` plus each row's effect on `x`, in the dtype of `base_out`."""
-        path = self.adapters[0].path
-        index = self.moment.image_rows(x.shape[0], path)
-        for adapter in self.adapters:
-            self.moment.require_agreement(adapter.name, torch.tensor(adapter.strengths).unbind(), path)
-        down, up = self._matrices(index, base_out)
-        dtype = down.dtype
-        hidden = torch.bmm(x.reshape(x.shape[0], -1, x.shape[-1]).to(dtype), down)
-        rows = base_out.reshape(x.shape[0], -1, base_out.shape[-1])
-        return torch.baddbmm(rows.to(dtype), hidden, up).to(base_out.dtype).reshape(base_out.shape)
+        down, up = self._matrices(x.shape[0], base_out.device)
+        hidden = torch.bmm(x.reshape(x.shape[0], -1, x.shape[-1]).to(down.dtype), down)
+        rows = base_out.reshape(x.shape[0], -1, base_out.shape[-1]).to(up.dtype)
+        add = torch.Tensor.baddbmm_ if self.fresh and _in_place(x) else torch.baddbmm
+        return add(rows, hidden, up).to(base_out.dtype).reshape(base_out.shape)
 
-    def _matrices(self, index: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
+    def _matrices(self, here: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return A (rows, in, rank) and B (rows, rank, out), the strengths in B, zero beyond an image's own ranks."""
-        if self._made is None or self._made[0] != index or self._made[1].device != like.device:
+        key = self.moment.rows, here, device
+        if self._made is None or self._made[0] != key:
+            path = self.adapters[0].path
+            index = self.moment.image_rows(here, path)
+            for adapter in self.adapters:
+                self.moment.require_agreement(adapter.name, torch.tensor(adapter.strengths).unbind(), path)
             images = [self._of_image(image) for image in range(max(index) + 1)]
             rank = max(down.shape[0] for down, _ in images)
             downs = torch.stack([F.pad(down, (0, 0, 0, rank - down.shape[0])) for down, _ in images])
             ups = torch.stack([F.pad(up, (0, rank - up.shape[1])) for _, up in images])
             rows = torch.tensor(index, device=downs.device)
-            self._made = index, downs[rows].mT.to(like.device), ups[rows].mT.to(like.device)
+            self._made = key, downs[rows].mT.to(device), ups[rows].mT.to(device)
         return self._made[1], self._made[2]
 
     def _of_image(self, image: int) -> tuple[Tensor, Tensor]:
@@ -250,12 +255,15 @@ def merged(weight: Tensor, adapters: Sequence[LayerAdapter], out: Tensor) -> Ten
     total = weight.to(dtype).flatten(1)
     joined = [adapter for adapter in adapters if adapter.is_plain]
     if joined:
-        ups = [
-            scaled(_up(adapter).to(weight.device, dtype), adapter.scale * adapter.strengths[0]) for adapter in joined
-        ]
+        up = torch.empty(total.shape[0], sum(map(_rank, joined)), dtype=dtype, device=weight.device)
+        start = 0
+        for adapter in joined:
+            columns = up.narrow(1, start, _rank(adapter))
+            torch.mul(_up(adapter).to(weight.device, dtype), adapter.scale * adapter.strengths[0], out=columns)
+            start += _rank(adapter)
         downs = [adapter.slots["down"].flatten(1).to(weight.device, dtype) for adapter in joined]
         place = out.flatten(1) if out.dtype == dtype and out.is_contiguous() else None
-        total = torch.addmm(total, torch.cat(ups, 1), torch.cat(downs), out=place)
+        total = torch.addmm(total, up, torch.cat(downs), out=place)
     for adapter in adapters:
         if not adapter.is_plain:
             total = total + adapter.delta(weight).flatten(1)
@@ -280,7 +288,7 @@ def _joined(adapters: list[LayerAdapter], layer: nn.Module) -> Part:
     if len(adapters) == 1 and adapters[0].is_constant:
         return adapters[0]
     if isinstance(layer, nn.Linear) and _mostly_apart(adapters):
-        return PerImage(adapters, adapters[0].moment)
+        return PerImage(adapters, adapters[0].moment, _gives_fresh(layer))
     return Joined.of(adapters, layer)
 
 
@@ -300,7 +308,7 @@ def _mostly_apart(adapters: Sequence[LayerAdapter]) -> bool:
     moment = adapters[0].moment
     if not all(strength.is_constant for adapter in adapters for strength in moment.strengths[adapter.name]):
         return False
-    ranks = [adapter.slots["down"].shape[0] for adapter in adapters]
+    ranks = [_rank(adapter) for adapter in adapters]
     own = [
         sum(rank for rank, adapter in zip(ranks, adapters, strict=True) if adapter.strength_on(image) != 0.0)
         for image in range(moment.images)
@@ -308,9 +316,24 @@ def _mostly_apart(adapters: Sequence[LayerAdapter]) -> bool:
     return SPARE * max(own) <= sum(ranks)
 
 
+def _in_place(x: Tensor) -> bool:
+    """Say whether tensors may be written to: nothing needs them for gradients, and autocast leaves types alone."""
+    return not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+
+
+def _gives_fresh(layer: nn.Module) -> bool:
+    """Say whether what the base of `layer` computes is a new tensor, which an effect may be added to in place."""
+    owners = [kind for kind in type(layer).__mro__ if "forward" in vars(kind)]
+    return owners[1:2] == [nn.Linear]  # the first is the adapted class
+
+
 def _factor(adapters: Sequence[LayerAdapter], widths: Sequence[int], out: Tensor, layer: nn.Module) -> Tensor:
     shares = [(adapter.name, adapter.strengths, width) for adapter, width in zip(adapters, widths, strict=True)]
     return adapters[0].moment.factor(shares, out, 1 if by_second_axis(layer) else -1, adapters[0].path)
+
+
+def _rank(adapter: LayerAdapter) -> int:
+    return adapter.slots["down"].shape[0]
 
 
 def _up(adapter: LayerAdapter) -> Tensor:
