@@ -1,4 +1,4 @@
-"""Train the VAE on random crops: whole frames teach it a hundred times slower."""
+"""Train the VAE on random crops, then its decoder on whole pictures, when the latents are settled."""
 
 from __future__ import annotations
 
@@ -38,6 +38,30 @@ def train_vae(vae: AutoencoderKL, pixels: Tensor, budget: Budget, accelerator: A
             error = (out.detach().float().clamp(-1.0, 1.0) - x).square().mean().item()
             budget.tell(loss=picture.item(), psnr=10.0 * math.log10(4.0 / error))
     vae.eval()
+
+
+def finish_decoder(vae: AutoencoderKL, moments: Tensor, pixels: Tensor, budget: Budget, run: Accelerator) -> None:
+    """Train the decoder of `vae` alone, in place, on latents drawn from `moments`: the latents stay what they are."""
+    parameters = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
+    on_gpu = run.device.type == "cuda"
+    optimizer = run.prepare(torch.optim.AdamW(parameters, RATE, betas=(0.9, 0.99)))
+    decode = torch.compile(vae.decode) if on_gpu else vae.decode
+    batch = 128 if on_gpu else 16
+    for factor in budget.steps():
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * factor
+        chosen = torch.randint(len(pixels), (batch,), device=pixels.device)
+        x = as_input(pixels[chosen])
+        with run.autocast():
+            out = decode(sampled(moments[chosen])).sample.float()
+        error = (out - x).square().mean()
+        loss = pixel_loss(out, x) + error
+        run.backward(loss)
+        run.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if budget.due(10.0, batch):
+            budget.tell(loss=loss.item(), psnr=10.0 * math.log10(4.0 / error.item()))
 
 
 def pixel_loss(out: Tensor, x: Tensor) -> Tensor:
