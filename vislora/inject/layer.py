@@ -32,16 +32,17 @@ Forward = Callable[..., Tensor]
 class LayerState:
     """Every adapter on one layer, in the order of their names, so that a sum never depends on loading order.
 
-    `on`: those of the adapters that have an effect. `merges`: the engine is a merged weight, wherever the strengths
-    allow one. `merged`: the base weight with the active deltas in it, as `source` (weight, its version) was when it was
-    computed; `spare`: the memory of the last one, for the next. `parts`: what is computed beside the base when there is
-    no merged weight. Both are made on first use and dropped by every change. `room`: reserved for a compiled model;
-    then it is the one part, always.
+    `on`: those of the adapters that have an effect; `on_bias`: those of them that change the bias. `merges`: the engine
+    is a merged weight, wherever the strengths allow one. `merged`: the base weight with the active deltas in it, as
+    `source` (weight, its version) was when it was computed; `spare`: the memory of the last one, for the next. `parts`:
+    what is computed beside the base when there is no merged weight. Both are made on first use and dropped by every
+    change. `room`: reserved for a compiled model; then it is the one part, always.
     """
 
     base_class: type[nn.Module]
     adapters: dict[str, LayerAdapter] = field(default_factory=dict)
     on: dict[str, LayerAdapter] = field(default_factory=dict)
+    on_bias: list[LayerAdapter] = field(default_factory=list)
     room: Part | None = None
     merges: bool = False
     merged: Tensor | None = None
@@ -54,6 +55,7 @@ class LayerState:
         self.on.pop(name, None)
         if name in self.adapters and self.adapters[name].is_active:
             self.on = dict(sorted([*self.on.items(), (name, self.adapters[name])]))
+        self.on_bias = [adapter for adapter in self.on.values() if adapter.bias is not None]
         self.drop()
 
     def drop(self) -> None:
@@ -89,9 +91,9 @@ class LayerState:
     def bias_of(self, layer: nn.Module) -> Tensor | None:
         """Return the bias of `layer` with the changes of the active adapters in it, in float32 with one rounding."""
         bias = getattr(layer, "bias", None)
-        changes = [adapter.strengths[0] * adapter.bias for adapter in self.on.values() if adapter.bias is not None]
-        if not changes:
+        if not self.on_bias:
             return bias
+        changes = [adapter.strengths[0] * adapter.bias for adapter in self.on_bias if adapter.bias is not None]
         weight: Tensor = layer.weight  # type: ignore[assignment]
         total = torch.zeros((), dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
         for change in ([] if bias is None else [bias]) + changes:
