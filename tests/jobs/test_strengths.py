@@ -272,3 +272,31 @@ def test_half_precision_computes_beside_the_base_unless_asked():
     assert any("stacked: bfloat16 would round small changes away" in line for line in vislora.explain(pipeline))
     vislora.set_strengths(pipeline, {}, engine="merged")
     assert all("merged:" in line for line in vislora.explain(pipeline))
+
+
+def test_a_reserved_pipeline_gives_the_same_images_and_can_be_given_back():
+    pipeline, plain = fresh("sd"), fresh("sd")
+    before = state(pipeline)
+    vislora.reserve(pipeline, 6)
+    near(images(pipeline), images(plain))
+    for one in (pipeline, plain):
+        put(put(one, "a", 1, Strength(0.8, {"te": 0.5}, steps=(0, 0.5))), "b", 2, [0.5, 1.0, None])
+    near(images(pipeline, PROMPTS), images(plain, PROMPTS))
+    assert any("stacked: reserved for a compiled model" in line for line in explained_without_steps(pipeline))
+    vislora.set_strengths(plain, {"a": 0.3, "b": 0.2})
+    near(images(pipeline), images(plain))
+    with pytest.raises(ConfigError, match=r"rank 8 together .*max_rank=6"):
+        put(put(pipeline, "c", 3), "d", 4)
+    assert loaded_strengths(pipeline) == {"a": 0.3, "b": 0.2, "c": 1.0}
+    vislora.eject(pipeline)
+    vislora.unreserve(pipeline)
+    assert all(torch.equal(value, before[key]) for key, value in state(pipeline).items())
+    assert not any("vislora" in key for model in components_of(pipeline)[1].values() for key in model.__dict__)
+    for bad in (0, -1, 2.5, True, None):
+        with pytest.raises(ConfigError, match="max_rank is"):
+            vislora.reserve(pipeline, bad)
+
+
+def explained_without_steps(pipeline):
+    vislora.set_strengths(pipeline, {"a": 0.3, "b": 0.2})
+    return vislora.explain(pipeline)

@@ -105,7 +105,7 @@ def inject_modules(
     modules: list[FileModule],
     strength: Any = 1.0,
     allow_partial: bool = False,
-    component: str = "denoiser",
+    component: str | None = None,
 ) -> list[str]:
     """Put the modules of a file on `model`; return what did not fit, as "path: reason" (empty unless `allow_partial`).
 
@@ -135,9 +135,11 @@ def eject(model: nn.Module, name: str) -> None:
         stack.remove(name)
 
 
-def reserve_room(model: nn.Module, max_rank: int, layers: str | Sequence[str] = "all") -> None:
+def reserve_room(
+    model: nn.Module, max_rank: int, layers: str | Sequence[str] = "all", component: str | None = None
+) -> None:
     """Reserve room for adapters on the layers of a preset or of patterns; see `jobs.pipelines.reserve`."""
-    with _changing(model) as stack:
+    with _changing(model, component) as stack:
         if stack.reserve is not None:
             raise ConfigError("this model is reserved already; unreserve it first")
         patterns = PRESETS.get(layers, (layers,)) if isinstance(layers, str) else layers
@@ -182,7 +184,7 @@ def summary(components: Mapping[str, nn.Module], sets: Mapping[str, AdapterSet])
 
 
 @contextmanager
-def _changing(model: nn.Module, component: str = "denoiser") -> Iterator[Stack]:
+def _changing(model: nn.Module, component: str | None = None) -> Iterator[Stack]:
     """Give the stack of `model`; see `settle` for what is done afterwards, errors included."""
     try:
         yield stack_of(model, component)

@@ -213,12 +213,16 @@ class Stack:
         return name
 
 
-def stack_of(model: nn.Module, component: str = "denoiser") -> Stack:
-    """Return the stack of `model`, made (and its layers indexed) on first use as that of a `component`."""
+def stack_of(model: nn.Module, component: str | None = None) -> Stack:
+    """Return the stack of `model`, made (and its layers indexed) on first use.
+
+    `component`: what the model is in its pipeline, where that is known; else it is taken for a denoiser.
+    """
     stack = existing_stack(model)
     if stack is None:
-        stack = Stack(index(model), Moment(component))
-        unwrapped(model).__dict__[STACK] = stack
+        stack = unwrapped(model).__dict__[STACK] = Stack(index(model), Moment())
+    if component is not None:
+        stack.moment.component = component
     return stack
 
 

@@ -154,8 +154,8 @@ def reserve(pipeline: Any, max_rank: int, layers: str | Sequence[str] = "all") -
     _, components = components_of(pipeline)
     done: list[nn.Module] = []
     try:
-        for model in components.values():
-            reserve_room(model, max_rank, layers)
+        for component, model in components.items():
+            reserve_room(model, max_rank, layers, component)
             done.append(model)
     except BaseException:
         for model in done:
