@@ -102,15 +102,15 @@ def t5_encoder(seed: int = 0) -> Any:
     return seeded(lambda: T5EncoderModel(config), seed).eval()
 
 
-def vae(seed: int = 0, latent_channels: int = 4, **changes: Any) -> Any:
-    """Return an `AutoencoderKL` that halves the sides once."""
+def vae(seed: int = 0, latent_channels: int = 4, halvings: int = 1, **changes: Any) -> Any:
+    """Return an `AutoencoderKL` that halves the sides, once unless said."""
     from diffusers import AutoencoderKL
 
     def build() -> Any:
         return AutoencoderKL(
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(*[8] * halvings, 16),
+            down_block_types=("DownEncoderBlock2D",) * (halvings + 1),
+            up_block_types=("UpDecoderBlock2D",) * (halvings + 1),
             latent_channels=latent_channels,
             norm_num_groups=4,
             sample_size=16,
@@ -295,7 +295,7 @@ def flux_pipeline(seed: int = 0, kind: str = "FluxPipeline", guidance_embeds: bo
     pipeline = getattr(diffusers, kind)(
         transformer=flux_transformer(seed, guidance_embeds=guidance_embeds, pooled_projection_dim=16),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=vae(seed, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        vae=_scaled_vae(seed),
         text_encoder=clip_text(seed),
         tokenizer=clip_tokenizer(),
         text_encoder_2=t5_encoder(seed),
@@ -305,11 +305,119 @@ def flux_pipeline(seed: int = 0, kind: str = "FluxPipeline", guidance_embeds: bo
     return pipeline
 
 
-PIPELINES: dict[str, Callable[[], Any]] = {"sd": sd_pipeline, "sd3": sd3_pipeline, "flux": flux_pipeline}
+def _scaled_vae(seed: int, **changes: Any) -> Any:
+    plain = {"use_quant_conv": False, "use_post_quant_conv": False}
+    return vae(seed, scaling_factor=0.3611, shift_factor=0.1159, **plain, **changes)
+
+
+def umt5_encoder(seed: int = 0) -> Any:
+    """Return a `UMT5EncoderModel` of two layers, width 32, as AuraFlow has."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    config = UMT5Config(vocab_size=len(t5_tokenizer()), feed_forward_proj="gated-gelu", **sizes)
+    return seeded(lambda: UMT5EncoderModel(config), seed).eval()
+
+
+def gemma2(seed: int = 0) -> Any:
+    """Return a `Gemma2Model` of two layers, width 32, as Lumina 2 has."""
+    from transformers import Gemma2Config, Gemma2Model
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Gemma2Config(vocab_size=len(t5_tokenizer()), head_dim=8, num_key_value_heads=1, pad_token_id=0, **sizes)
+    return seeded(lambda: Gemma2Model(config), seed).eval()
+
+
+def pixart_pipeline(seed: int = 0, kind: str = "PixArtSigmaPipeline", sizes: bool = False) -> Any:
+    """Return a whole PixArt pipeline with T5; `sizes`: one that is told the size of the picture, as alpha at 1024."""
+    import diffusers
+
+    def build() -> Any:
+        return diffusers.PixArtTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=12 if sizes else 8,
+            num_layers=2,
+            cross_attention_dim=24 if sizes else 16,
+            sample_size=128 if sizes else 8,
+            caption_channels=32,
+            use_additional_conditions=sizes,
+        )
+
+    return getattr(diffusers, kind)(
+        tokenizer=t5_tokenizer(512),
+        text_encoder=t5_encoder(seed),
+        vae=vae(seed, scaling_factor=0.13025),
+        transformer=seeded(build, seed).eval(),
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
+    )
+
+
+def lumina2_pipeline(seed: int = 0) -> Any:
+    """Return a whole `Lumina2Pipeline` with Gemma 2."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
+
+    def build() -> Any:
+        return Lumina2Transformer2DModel(
+            sample_size=2,
+            in_channels=4,
+            hidden_size=24,
+            num_layers=2,
+            num_refiner_layers=1,
+            num_attention_heads=2,
+            num_kv_heads=1,
+            multiple_of=16,
+            axes_dim_rope=(4, 4, 4),
+            axes_lens=(300, 64, 64),
+            cap_feat_dim=32,
+        )
+
+    return Lumina2Pipeline(
+        transformer=seeded(build, seed).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=_scaled_vae(seed, halvings=3),  # a number that the pipeline knows by heart
+        text_encoder=gemma2(seed),
+        tokenizer=t5_tokenizer(512),
+    )
+
+
+def auraflow_pipeline(seed: int = 0) -> Any:
+    """Return a whole `AuraFlowPipeline` with UMT5."""
+    from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
+    def build() -> Any:
+        return AuraFlowTransformer2DModel(
+            sample_size=8,
+            num_mmdit_layers=1,
+            num_single_dit_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            caption_projection_dim=16,
+            pos_embed_max_size=64,
+        )
+
+    return AuraFlowPipeline(
+        tokenizer=t5_tokenizer(512),
+        text_encoder=umt5_encoder(seed),
+        vae=vae(seed, scaling_factor=0.13025),
+        transformer=seeded(build, seed).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
+    )
+
+
+PIPELINES: dict[str, Callable[[], Any]] = {
+    "sd": sd_pipeline,
+    "sd3": sd3_pipeline,
+    "flux": flux_pipeline,
+    "pixart": pixart_pipeline,
+    "lumina2": lumina2_pipeline,
+    "auraflow": auraflow_pipeline,
+}
 
 
 VARIANTS: dict[str, Callable[[], Any]] = {
     "flux-schnell": lambda: flux_pipeline(guidance_embeds=False),
+    "pixart-alpha": lambda: pixart_pipeline(kind="PixArtAlphaPipeline", sizes=True),
     "flux-kontext": lambda: flux_pipeline(kind="FluxKontextPipeline"),
 }
 """Further bases of these families."""

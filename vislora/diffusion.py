@@ -14,7 +14,10 @@ from torch import Tensor
 class Objective(Protocol):
     """`t` is what the denoiser is given: one value per sample, in [0, 1000)."""
 
-    prediction: str
+    @property
+    def prediction(self) -> str:
+        """What the denoiser predicts: epsilon, v or flow."""
+        ...
 
     def sample_t(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         """Draw a timestep for each sample of latents of this shape, on the CPU."""

@@ -104,5 +104,8 @@ FAMILIES = Registry(
         "sd": "vislora.models.sd:StableDiffusion",
         "sd3": "vislora.models.sd3:StableDiffusion3",
         "flux": "vislora.models.flux:Flux",
+        "pixart": "vislora.models.pixart:PixArt",
+        "lumina2": "vislora.models.lumina2:Lumina2",
+        "auraflow": "vislora.models.auraflow:AuraFlow",
     },
 )

@@ -66,7 +66,23 @@ def flux_prompts(pipeline):
     return {"prompt_embeds": embeds, "pooled": pooled}
 
 
-ENCODED = {"sd": sd_prompts, "sd3": sd3_prompts, "flux": flux_prompts}
+def masked_prompts(pipeline):
+    embeds, mask, _, _ = pipeline.encode_prompt(list(PROMPTS), negative_prompt=PROMPTS)
+    return {"prompt_embeds": embeds, "mask": mask}
+
+
+def auraflow_prompts(pipeline):
+    return {"prompt_embeds": pipeline.encode_prompt(PROMPTS, PROMPTS)[0]}
+
+
+ENCODED = {
+    "sd": sd_prompts,
+    "sd3": sd3_prompts,
+    "flux": flux_prompts,
+    "pixart": masked_prompts,
+    "lumina2": masked_prompts,
+    "auraflow": auraflow_prompts,
+}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -89,11 +105,16 @@ def test_a_caption_is_encoded_alone_as_in_a_batch(name):
 
 
 def as_latents(name, given):
-    """Return what a denoiser takes or gives as latents (batch, 4, 8, 8); the pipeline knows how it packed them."""
+    """Return what a denoiser takes or gives as latents; the pipeline knows how it packed them."""
     return FluxPipeline._unpack_latents(given, 16, 16, 2) if name == "flux" else given
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def as_pipeline_reads(name, out):
+    """Return the part and the sign of the denoiser's output that the pipeline hands to its scheduler."""
+    return -out if name == "lumina2" else out.chunk(2, dim=1)[0] if name.startswith("pixart") else as_latents(name, out)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "pixart-alpha"])
 def test_predict_is_what_the_pipeline_computes(name):
     loaded = family(name)
     seen = []
@@ -111,6 +132,7 @@ def test_predict_is_what_the_pipeline_computes(name):
                 height=16,
                 output_type="latent",
                 generator=torch.Generator().manual_seed(0),
+                **loaded.card.always,
             )
     finally:
         hook.remove()
@@ -121,7 +143,7 @@ def test_predict_is_what_the_pipeline_computes(name):
         noisy = as_latents(name, args[0] if args else kwargs["hidden_states"])
         with torch.no_grad():
             predicted = loaded.predict(noisy, t.expand(2), conditioning)
-        assert (predicted - as_latents(name, out[0])).abs().max() <= 1e-6
+        assert (predicted - as_pipeline_reads(name, out[0])).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -135,7 +157,8 @@ def test_images_are_encoded_as_the_pipeline_decodes_them(name):
         mode = vae.encode(pixels).latent_dist.mode()
         decoded = vae.decode(latents / config.scaling_factor + shift)[0]
     assert torch.equal(latents, (mode - shift) * config.scaling_factor)
-    assert latents.shape == (2, 4, 8, 12)
+    factor = loaded.pipeline.vae_scale_factor
+    assert latents.shape == (2, 4, 16 // factor, 24 // factor)
     assert decoded.shape == pixels.shape
 
 

@@ -25,6 +25,7 @@ _ATTENTION = (
 )
 _FEED_FORWARD = (
     r"ff(_context)?\.net\.(0\.proj|2)|proj_mlp|(?<=\.)proj_(in|out)|"  # diffusers; at the top it is the model's output
+    r"ff(_context)?\.(linear_[12]|out_projection)|feed_forward\.linear_[123]|"  # AuraFlow, Lumina 2
     r"mlp\.fc[12]|intermediate\.dense|\d+\.output\.dense|gate_proj|up_proj|down_proj|"  # transformers
     r"DenseReluDense\.w[io](_[01])?"  # T5
 )

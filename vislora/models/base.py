@@ -7,7 +7,7 @@ import json
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 from urllib.parse import urlparse
@@ -31,6 +31,7 @@ class Card:
 
     `attributes`: component of an adapter -> attribute of the pipeline. `guidance`: the argument that takes the guidance
     scale. `negative_prompt`: whether one is read. `prompt_tokens`: how many the pipeline reads at most.
+    `always`: arguments that every call gets.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Card:
     guidance: str = "guidance_scale"
     negative_prompt: bool = True
     prompt_tokens: int = 256
+    always: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

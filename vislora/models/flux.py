@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vislora.models.base import Card, Traits, absent_parts, quiet, read_traits
-from vislora.models.parts import encode_scaled, flow_of, grid_ids, image_step, pack, unpack
+from vislora.models.base import Card, Traits, quiet, read_traits
+from vislora.models.dit import Dit, tags
+from vislora.models.parts import grid_ids, image_step, pack, unpack
 
 TRAINING_GUIDANCE = 1.0
 
 
-class Flux:
+class Flux(Dit):
     """A loaded `FluxPipeline` or `FluxKontextPipeline`. See `models.base.Family`."""
 
     card: ClassVar[Card] = Card(
@@ -32,28 +33,14 @@ class Flux:
         prompt_tokens=512,
     )
 
-    def __init__(self, pipeline: Any, traits: Traits) -> None:
-        self.pipeline = pipeline
-        self.traits = traits
-        self.components: dict[str, nn.Module] = {
-            name: getattr(pipeline, attribute) for name, attribute in self.card.attributes.items()
-        }
-        self.objective = flow_of(pipeline.scheduler)
+    left_out: ClassVar[tuple[str, ...]] = ("image_encoder", "feature_extractor")  # of IP-adapters
 
     @classmethod
-    def load(cls, path: Path, dtype: torch.dtype, device: torch.device) -> Flux:
-        """Load a diffusers folder, without an image encoder: that is for IP-adapters."""
-        from diffusers import DiffusionPipeline
-
-        parts = {**absent_parts(path), "image_encoder": None, "feature_extractor": None}
-        pipeline = DiffusionPipeline.from_pretrained(path, dtype=dtype, **parts).to(device)
+    def describe(cls, path: Path, pipeline: Any) -> Traits:
+        """Return the traits; schnell takes four steps and no guidance."""
         resolution = pipeline.default_sample_size * pipeline.vae_scale_factor
         defaults = {"steps": 28} if pipeline.transformer.config.guidance_embeds else {"steps": 4, "guidance_scale": 1.0}
-        return cls(pipeline, read_traits(path, pipeline, resolution, image_step(pipeline), _tags(pipeline), **defaults))
-
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        """Return the shifted and scaled mode of the VAE's posterior."""
-        return encode_scaled(self.pipeline.vae, pixels)
+        return read_traits(path, pipeline, resolution, image_step(pipeline), _tags(pipeline), **defaults)
 
     def encode_prompt(self, prompts: list[str]) -> dict[str, Tensor]:
         """Return `prompt_embeds` (batch, 512, width) of T5 and `pooled` (batch, width) of CLIP."""
@@ -87,10 +74,4 @@ def _tags(pipeline: Any) -> dict[str, str]:
     """The names are those of sd-scripts and ModelSpec (github.com/Stability-AI/ModelSpec)."""
     kontext = "Kontext" in type(pipeline).__name__
     kind = "kontext" if kontext else "dev" if pipeline.transformer.config.guidance_embeds else "schnell"
-    return {
-        "ss_base_model_version": "flux1",
-        "ss_v2": "False",
-        "modelspec.architecture": f"flux-1-{kind}/lora",
-        "modelspec.implementation": "diffusers",
-        "modelspec.prediction_type": "flow",
-    }
+    return {**tags(f"flux-1-{kind}"), "ss_base_model_version": "flux1"}

@@ -1,13 +1,14 @@
-"""What several families share: latents of a VAE, latents as a row of tokens, the flow objective of a scheduler."""
+"""What several families share: latents of a VAE, latents as a row of tokens, the objective of a scheduler."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from vislora.diffusion import Flow, GrowingShift
+from vislora.diffusion import Discrete, Flow, GrowingShift
+from vislora.errors import ModelError
 
 PATCH = 2
 """Side of the squares of latents that become one token."""
@@ -59,6 +60,18 @@ def flow_of(scheduler: Any, patch: int = PATCH) -> Flow:
             exponential=config.get("time_shift_type", "exponential") == "exponential",
         )
     )
+
+
+def discrete_of(scheduler: Any) -> Discrete:
+    """Return the objective of a diffusion scheduler. Raises `ModelError` for a kind of prediction that is not known."""
+    from diffusers import DDPMScheduler
+
+    training = DDPMScheduler.from_config(scheduler.config)
+    kinds: dict[str, Literal["epsilon", "v"]] = {"epsilon": "epsilon", "v_prediction": "v"}
+    kind = training.config.prediction_type
+    if kind not in kinds:
+        raise ModelError(f"prediction_type '{kind}' of its scheduler is not supported; known: {', '.join(kinds)}")
+    return Discrete(training.alphas_cumprod, kinds[kind])
 
 
 def image_step(pipeline: Any) -> int:

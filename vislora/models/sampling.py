@@ -39,7 +39,7 @@ def make_images(family: Family, shots: Sequence[Shot], how: Sampling, batch_size
     """Yield the PIL images of each batch of `shots` in order. The family's own scheduler is put back afterwards."""
     for start in range(0, len(shots), batch_size):
         batch = shots[start : start + batch_size]
-        asked: dict[str, Any] = {family.card.guidance: how.guidance_scale}
+        asked: dict[str, Any] = {**family.card.always, family.card.guidance: how.guidance_scale}
         if family.card.negative_prompt:
             asked["negative_prompt"] = [shot.negative_prompt for shot in batch]
         with quiet(), torch.inference_mode(), _scheduler(family, how.scheduler):

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from vislora.diffusion import Discrete
-from vislora.errors import ModelError
 from vislora.models.base import Card, Traits, quiet, read_traits
-from vislora.models.parts import encode_scaled
+from vislora.models.parts import discrete_of, encode_scaled
 
 
 class StableDiffusion:
@@ -29,7 +27,7 @@ class StableDiffusion:
         self.pipeline = pipeline
         self.traits = traits
         self.components: dict[str, nn.Module] = {"denoiser": pipeline.unet, "te:clip_l": pipeline.text_encoder}
-        self.objective = _objective(pipeline.scheduler)
+        self.objective = discrete_of(pipeline.scheduler)
 
     @classmethod
     def load(cls, path: Path, dtype: torch.dtype, device: torch.device) -> StableDiffusion:
@@ -57,17 +55,6 @@ class StableDiffusion:
     def predict(self, noisy: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """Run the UNet."""
         return self.pipeline.unet(noisy, t, conditioning["prompt_embeds"], return_dict=False)[0]
-
-
-def _objective(scheduler: Any) -> Discrete:
-    from diffusers import DDPMScheduler
-
-    training = DDPMScheduler.from_config(scheduler.config)
-    kinds: dict[str, Literal["epsilon", "v"]] = {"epsilon": "epsilon", "v_prediction": "v"}
-    kind = training.config.prediction_type
-    if kind not in kinds:
-        raise ModelError(f"prediction_type '{kind}' of its scheduler is not supported; known: {', '.join(kinds)}")
-    return Discrete(training.alphas_cumprod, kinds[kind])
 
 
 def _tags(pipeline: Any, resolution: int) -> dict[str, str]:

@@ -1,0 +1,135 @@
+"""Families with a transformer, on tiny models of the real classes: gradients, checkpointing, learning."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import mse_loss
+
+from tests import tiny
+from tests.formats.dit_configs import DITS, linears
+from vislora.formats.names import FAMILY_NAMES
+from vislora.inject.injection import FreshOptions, eject, inject_fresh
+from vislora.inject.targets import Target, select
+from vislora.models.base import load_family
+from vislora.training.loss import DenoisingLoss, LossOptions
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+NAMES = ["flux", "pixart", "lumina2", "auraflow"]
+PROMPTS = ["a red cat", "the house"]
+
+
+@pytest.fixture(params=NAMES)
+def trainee(request):
+    """Return (family, its adapter's parameters, loss module, batch); the adapter is taken off afterwards."""
+    family = load_family(tiny.saved(request.param), torch.float32, CPU)
+    denoiser = family.components["denoiser"]
+    layers = select(denoiser, [], "all", Target("", 4))
+    adapters = inject_fresh(denoiser, "t", layers, FreshOptions(seed=1))
+    with torch.no_grad():
+        text = family.encode_prompt(PROMPTS)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    yield (
+        family,
+        adapters,
+        DenoisingLoss(family, {"denoiser": adapters}, LossOptions()),
+        {
+            "latents": latents,
+            "text": text,
+        },
+    )
+    eject(denoiser, "t")
+
+
+def gradients(module, loss):
+    module.zero_grad(set_to_none=True)
+    loss.backward()
+    return [parameter.grad.clone() for parameter in module.parameters() if parameter.grad is not None]
+
+
+def reference(family, batch):
+    """Return the loss from the formulas alone, with the draws that a step makes: noise first, then timesteps."""
+    draw = torch.Generator().manual_seed(5)
+    x, noise = batch["latents"], torch.randn(2, 4, 8, 8, generator=draw)
+    if family.objective.prediction == "flow":
+        shift = family.objective.shift
+        shift = shift if isinstance(shift, float) else shift.of(8, 8)
+        u = torch.randn(2, generator=draw).sigmoid()
+        sigma = (shift * u / (1 + (shift - 1) * u)).view(2, 1, 1, 1)
+        noisy, target, t = (1 - sigma) * x + sigma * noise, noise - x, 1000 * sigma.flatten()
+    else:
+        t = torch.randint(1000, (2,), generator=draw)
+        abar = torch.linspace(1e-4, 0.02, 1000).neg().add(1).cumprod(0)[t].view(2, 1, 1, 1)
+        noisy, target = abar.sqrt() * x + (1 - abar).sqrt() * noise, noise
+    return mse_loss(family.predict(noisy, t, batch["text"]), target)
+
+
+def test_loss_and_gradients_are_those_of_the_formulas(trainee):
+    family, _, module, batch = trainee
+    loss = module(batch, torch.Generator().manual_seed(5))
+    mine = gradients(module, loss)
+    expected = reference(family, batch)
+    theirs = gradients(module, expected)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert len(mine) == len(theirs) > 0
+    for one, other in zip(mine, theirs, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-7)
+    assert sum(float(one.abs().sum()) for one in mine) > 0
+
+
+def test_gradient_checkpointing_changes_no_gradient(trainee):
+    family, _, module, batch = trainee
+    denoiser = family.components["denoiser"]
+    plain = gradients(module, module(batch, torch.Generator().manual_seed(5)))
+    denoiser.enable_gradient_checkpointing()
+    denoiser.train()  # diffusers' blocks recompute in training mode or when gradients are on
+    again = gradients(module, module(batch, torch.Generator().manual_seed(5)))
+    denoiser.eval()
+    for one, other in zip(plain, again, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-8)
+
+
+def test_an_image_is_learnt(trainee):
+    """The loss on one image falls, on draws that training has not seen."""
+    _, _, module, batch = trainee
+
+    def measured():
+        with torch.no_grad():
+            return sum(float(module(batch, torch.Generator().manual_seed(10_000 + n))) for n in range(16)) / 16
+
+    before = measured()
+    optimizer = torch.optim.Adam(module.parameters(), lr=2e-2)
+    for step in range(150):
+        optimizer.zero_grad()
+        module(batch, torch.Generator().manual_seed(step)).backward()
+        optimizer.step()
+    assert measured() < 0.92 * before
+
+
+# blocks as in dit_configs: the released model's layers by preset
+FULL = {
+    "pixart": ("pixart", {"attention": 28 * 8, "attention-ff": 28 * 10}),
+    "lumina2": ("lumina2", {"attention": 30 * 4, "attention-ff": 30 * 7}),
+    "auraflow": ("auraflow", {"attention": 4 * 8 + 32 * 4, "attention-ff": 4 * 14 + 32 * 7}),
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_presets_fit_the_released_model(name):
+    key, counts = FULL[name]
+    paths = linears(DITS[key])
+    model = torch.nn.Module()
+    for path in paths:
+        holder = model
+        *parents, last = path.split(".")
+        for part in parents:
+            if not hasattr(holder, part):
+                holder.add_module(part, torch.nn.Module())
+            holder = getattr(holder, part)
+        holder.add_module(last, torch.nn.Linear(1, 1, device="meta"))
+    for preset, count in counts.items():
+        chosen = select(model, [], preset, Target("", 8))
+        assert len(chosen) == count, preset
+        table = FAMILY_NAMES[name].tables["denoiser"]
+        assert all(table.find_dotted(path) or table.place(path) for path in chosen)
