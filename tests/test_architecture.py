@@ -6,6 +6,7 @@ import ast
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +50,12 @@ def test_files_functions_and_nesting_stay_small(path: Path) -> None:
     problems = [f"{len(text.splitlines())} lines"] if len(text.splitlines()) > 400 else []
     problems += size_problems(ast.parse(text))
     assert problems == []
+
+
+def test_no_two_test_files_share_a_name() -> None:
+    """pytest imports a test file by its bare name, so a second one of that name cannot be collected."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py")
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def size_problems(tree: ast.Module) -> Iterator[str]:
