@@ -18,6 +18,7 @@ _PUBLIC = {
     "unreserve": "vislora.jobs.pipelines:unreserve",
     "explain": "vislora.jobs.pipelines:explain",
     "Strength": "vislora.inject.strength:Strength",
+    "Stack": "vislora.jobs.stacks:Stack",
     "train": "vislora.jobs.train:train",
     "generate": "vislora.jobs.generate:generate",
     "convert": "vislora.jobs.convert:convert",

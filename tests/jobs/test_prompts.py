@@ -20,7 +20,9 @@ from vislora.jobs.prompts import find_adapter, label_adapters, parse_adapter, pa
 )
 def test_tags_leave_the_prompt(raw, text, strengths):
     prompt = parse_prompt(raw)
-    assert (prompt.text, prompt.strengths) == (text, pytest.approx(strengths))
+    assert all(strength.is_plain for strength in prompt.strengths.values())
+    assert prompt.text == text
+    assert {name: strength.value for name, strength in prompt.strengths.items()} == pytest.approx(strengths)
 
 
 @pytest.mark.parametrize("number", ["x", "0,8", "nan", "inf", "1e9", "101", "0.8.1", "--1"])

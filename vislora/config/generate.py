@@ -7,10 +7,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from vislora.config.base import Repeatable, Section
+from vislora.config.base import Repeatable
+from vislora.config.stack import StackConfig
 
 
-class GenerateConfig(Section):
+class GenerateConfig(StackConfig):
     """Make images with any number of stacked adapters. `<lora:name:0.8>` in a prompt adds one for that prompt."""
 
     prompt: Repeatable[tuple[str, ...]] = ()
@@ -19,8 +20,6 @@ class GenerateConfig(Section):
     """File with one prompt per line; empty lines and lines with # are passed over."""
     adapter: Repeatable[tuple[str, ...]] = ()
     """An adapter and its strength, `style.safetensors:0.8` (or a name found in --adapters); repeat for a stack."""
-    adapters: tuple[Path, ...] = (Path("adapters"), Path("runs"))
-    """Folders in which adapters are looked up by name."""
     output: Path = Path("outputs")
     """Folder for the images."""
     base: str = ""
@@ -45,6 +44,8 @@ class GenerateConfig(Section):
     """Images made at once."""
     sheet: bool = False
     """Also make each image with the base and each adapter alone, and lay them out in `sheet.png` (`sheet-2.png`)."""
+    explain: bool = False
+    """Say for every stack how its adapters are computed (merged, stacked, per image), and why."""
     like: Path | None = None
     """Repeat the image of this PNG from its recipe; other settings but --output and --device are not used."""
     allow_partial: bool = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Generator, Iterator
 from itertools import chain, count
 from pathlib import Path
@@ -13,9 +12,13 @@ from PIL import Image
 from vislora.config.generate import GenerateConfig
 from vislora.errors import AdapterFileError, ConfigError, ModelError
 from vislora.files import replacing, reserving
+from vislora.inject.strength import Strength
+from vislora.jobs.pipelines import explain
 from vislora.jobs.prompts import Prompt, find_adapter, label_adapters, parse_adapter, parse_prompt, read_prompts
 from vislora.jobs.recipes import adapter_hash, read_recipe, threads, versions
-from vislora.jobs.studio import Job, Picture, Studio, free_numbers, make, open_studio, save_numbered
+from vislora.jobs.stacks import label_once
+from vislora.jobs.strengths import declared
+from vislora.jobs.studio import Job, Picture, Studio, batches, free_numbers, make, open_studio, save_numbered
 from vislora.models.base import Family
 from vislora.models.sampling import Sampling, Shot, cut_off, picture_step
 from vislora.models.schedulers import scheduler_for
@@ -50,6 +53,8 @@ def run(config: GenerateConfig) -> Iterator[Record]:
         yield Note("negative_prompt: this base reads none; it has no effect", "warning")
     for end in cut_off(studio.family, [config.negative_prompt, *(prompt.text for prompt in prompts)]):
         yield Note(f"a prompt is too long for this base; not read: '{end}'", "warning")
+    if config.explain:
+        yield from _explained(studio, jobs, config.batch_size)
     pictures: list[Picture] = []
     yield from _collect(make(studio, jobs, how, config.batch_size, config.output), pictures)
     lines = [str(picture.path) for picture in pictures]
@@ -75,19 +80,28 @@ def sampling(family: Family, config: GenerateConfig) -> Sampling:
     )
 
 
-def _always(config: GenerateConfig) -> dict[str, float]:
-    """Return the adapters of the flags. Raises `ConfigError` for one given twice, by whatever names."""
-    given = [parse_adapter(raw) for raw in config.adapter]
-    labels, _ = label_adapters([name for name, _ in given], config.adapters)
-    twice = [label for label, times in Counter(labels[name] for name, _ in given).items() if times > 1]
-    if twice:
-        raise ConfigError(f"adapter: {', '.join(twice)} is given more than once; give it once, with one strength")
+def _always(config: GenerateConfig) -> dict[str, Strength]:
+    """Return the adapters of every prompt. Raises `ConfigError` for one given twice, by whatever names."""
+    given = [(table.adapter, declared(table)) for table in config.stack]
+    given += [(name, Strength(value)) for name, value in map(parse_adapter, config.adapter)]
+    label_once([name for name, _ in given], config.adapters)
     return dict(given)
 
 
-def _stack(always: dict[str, float], prompt: Prompt, labels: dict[str, str]) -> dict[str, float]:
-    """Return the strengths of one prompt: those of the flags, and over them those that its own text names."""
+def _stack(always: dict[str, Strength], prompt: Prompt, labels: dict[str, str]) -> dict[str, Strength]:
+    """Return the strengths of one prompt: those of all prompts, and over them those that its own text names."""
     return {labels[name]: strength for name, strength in [*always.items(), *prompt.strengths.items()]}
+
+
+def _explained(studio: Studio, jobs: list[Job], batch_size: int) -> Iterator[Note]:
+    """Say how the stacks are computed; batches that are alike are told once."""
+    told: set[str] = set()
+    for _, stacks in batches(jobs, batch_size):
+        studio.set_stacks(stacks)
+        lines = explain(studio.family.pipeline)
+        if "\n".join(lines) not in told:
+            told.add("\n".join(lines))
+            yield from map(Note, lines)
 
 
 def _collect(records: Iterator[Progress | Picture], pictures: list[Picture], task: str = "") -> Iterator[Progress]:
@@ -107,7 +121,7 @@ def _sheet(
     alone = list(studio.paths) if len(studio.paths) > 1 else []
     for name in [None, *alone]:
         label = "base" if name is None else name.replace("/", "-")
-        part = [Job(job.shot, {} if name is None else {name: job.strengths.get(name, 1.0)}) for job in jobs]
+        part = [Job(job.shot, {} if name is None else {name: job.strengths.get(name, Strength(1.0))}) for job in jobs]
         pictures: list[Picture] = []
         yield from _collect(make(studio, part, how, batch_size, folder / label), pictures, f"sheet: {label}")
         columns.append((label, [picture.image for picture in pictures]))
@@ -138,7 +152,6 @@ def _repeat(config: GenerateConfig, source: Path) -> Iterator[Record]:
     changed = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if now[name] != then.get(name)]
     if changed:
         yield Note(f"the last bits may differ: {'; '.join(changed)}", "warning")
-    strengths = {row["name"]: row["strength"] for row in recipe.adapters}
-    image, again = studio.shoot(recipe.batch, strengths, recipe.sampling)[recipe.index]
+    image, again = studio.shoot(recipe.batch, recipe.stacks, recipe.sampling)[recipe.index]
     picture = save_numbered(image, config.output, free_numbers(config.output), again)
     yield Done([picture], str(picture.path))

@@ -1,4 +1,7 @@
-"""Prompts and the adapters that they name: `<lora:name:0.8>` in the text, `--adapter path:0.8` on the command line."""
+"""Prompts and the adapters that they name: `<lora:name:0.8>` in the text, `--adapter path:0.8` on the command line.
+
+What a tag can say beside the number: `strengths.parse_parts`.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vislora.errors import ConfigError, listed, nearest
-from vislora.inject.strength import strength_in_range
+from vislora.inject.strength import Strength, strength_in_range
+from vislora.jobs.strengths import parse_parts
 
-_TAG = re.compile(r"<lora:([^:<>]+)(?::([^:<>]*))?>")
+_TAG = re.compile(r"<lora:([^:<>]+)((?::[^:<>]*)*)>")
 _SUFFIX = ".safetensors"
 
 
@@ -19,19 +23,26 @@ class Prompt:
     """What the model is given, and the adapters (name or path -> strength) that the text asked for."""
 
     text: str
-    strengths: dict[str, float]
+    strengths: dict[str, Strength]
 
 
 def parse_prompt(raw: str) -> Prompt:
     """Take every `<lora:name>` and `<lora:name:strength>` out of a prompt; one named twice counts with the sum.
 
-    Raises `ConfigError` for a strength that is no number.
+    Raises `ConfigError` for a strength that is no number, and for one with parts of an adapter that is named twice.
     """
-    strengths: dict[str, float] = {}
-    for name, number in _TAG.findall(raw):
-        strengths[name] = strengths.get(name, 0.0) + _strength(name, number or "1", raw)
+    strengths: dict[str, Strength] = {}
+    for name, parts in _TAG.findall(raw):
+        found = parse_parts(name, parts.split(":")[1:])
+        strengths[name] = _sum(name, strengths[name], found) if name in strengths else found
     text = re.sub(r"\s{2,}", " ", _TAG.sub("", raw)).strip()
     return Prompt(re.sub(r"\s+,", ",", text), strengths)
+
+
+def _sum(name: str, one: Strength, other: Strength) -> Strength:
+    if not (one.is_plain and other.is_plain):
+        raise ConfigError(f"a prompt names '{name}' twice, and not by a number alone: name it once")
+    return Strength(strength_in_range(name, one.value + other.value))
 
 
 def parse_adapter(raw: str) -> tuple[str, float]:

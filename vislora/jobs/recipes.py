@@ -16,15 +16,19 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from vislora.errors import ConfigError
 from vislora.files import replacing, sha256
+from vislora.inject.strength import Strength
+from vislora.jobs.strengths import as_json, from_json, tag
 from vislora.models.sampling import Sampling, Shot
 
 KEY = "vislora"
+OFF = Strength(0.0)
 
 
 @dataclass(frozen=True)
 class Recipe:
     """`batch` holds all shots of the batch that the image was made in and `index` its place: a batch of another size
-    changes the last bits. `adapters`: rows of path, sha256 and strength. `engine`: merged or stacked.
+    changes the last bits. `adapters`: rows of name, path, sha256 and `strength` (see `strengths.as_json`); where the
+    images of the batch have stacks of their own, `batch` holds the strength on each. `engine`: merged or stacked.
     """
 
     base: str
@@ -43,6 +47,17 @@ class Recipe:
     def shot(self) -> Shot:
         """The image's own prompt and seed."""
         return self.batch[self.index]
+
+    @property
+    def stacks(self) -> list[dict[str, Strength]]:
+        """The stack of each image of the batch."""
+        return [
+            {
+                row["name"]: from_json(row["batch"][index] if "batch" in row else row["strength"])
+                for row in self.adapters
+            }
+            for index in range(len(self.batch))
+        ]
 
 
 def save_png(image: Image.Image, path: Path, recipe: Recipe) -> None:
@@ -70,7 +85,7 @@ def read_recipe(path: Path) -> Recipe:
         fields["batch"] = tuple(Shot(**shot) for shot in fields["batch"])
         fields["adapters"] = tuple(fields["adapters"])
         recipe = Recipe(**fields)
-        _ = recipe.shot  # its place must be in the batch
+        _ = recipe.shot, recipe.stacks  # its place must be in the batch, and every strength one
         return recipe
     except (ValueError, TypeError, LookupError) as error:
         raise ConfigError(f"like: the recipe in {path} is damaged or of another version ({error})") from None
@@ -113,19 +128,23 @@ def threads() -> int:
 
 
 def adapter_rows(
-    paths: Mapping[str, Path], hashes: Mapping[str, str], strengths: Mapping[str, float]
+    paths: Mapping[str, Path], hashes: Mapping[str, str], stacks: Sequence[Mapping[str, Strength]], index: int
 ) -> tuple[dict[str, Any], ...]:
-    """Return what a recipe says of a stack: name, path, hash and strength of each adapter that is not at zero."""
-    return tuple(
-        {"name": name, "path": str(paths[name]), "sha256": hashes[name], "strength": strength}
-        for name, strength in sorted(strengths.items())
-        if strength != 0.0
-    )
+    """Return what the recipe of image `index` says of the stacks of its batch: a row for each adapter that is used."""
+    rows = []
+    for name in sorted(paths):
+        batch = [as_json(stack.get(name, OFF)) for stack in stacks]
+        if any(strength != 0.0 for strength in batch):
+            row = {"name": name, "path": str(paths[name]), "sha256": hashes[name], "strength": batch[index]}
+            differ = any(strength != batch[0] for strength in batch)
+            rows.append({**row, "batch": batch} if differ else row)
+    return tuple(rows)
 
 
 def _parameters(recipe: Recipe) -> str:
     how, shot = recipe.sampling, recipe.shot
-    tags = "".join(f" <lora:{row['name']}:{row['strength']:g}>" for row in recipe.adapters)
+    own = recipe.stacks[recipe.index]
+    tags = "".join(f" {tag(name, strength)}" for name, strength in own.items() if strength != OFF)
     settings: Sequence[str] = (
         f"Steps: {how.steps}",
         f"Sampler: {how.scheduler}",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count, groupby
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -13,10 +13,11 @@ from PIL import Image
 
 from vislora import formats
 from vislora.files import reserving
-from vislora.inject.engines import merge, unmerge
+from vislora.inject.moment import varies
+from vislora.inject.strength import Strength
 from vislora.jobs.devices import DTYPES, pick_device, pick_precision
 from vislora.jobs.pipelines import attach, set_strengths
-from vislora.jobs.recipes import Recipe, adapter_hash, adapter_rows, base_hash, save_png, threads, versions
+from vislora.jobs.recipes import OFF, Recipe, adapter_hash, adapter_rows, base_hash, save_png, threads, versions
 from vislora.models.base import EMBEDDED, Family, load_family
 from vislora.models.sampling import Sampling, Shot, make_images
 from vislora.records import Note, Progress
@@ -41,7 +42,7 @@ class Job:
     """A shot and the stack (name of a loaded adapter -> strength) that it is made with."""
 
     shot: Shot
-    strengths: dict[str, float]
+    strengths: dict[str, Strength]
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Studio:
     device: torch.device
     paths: dict[str, Path] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
-    stack: dict[str, float] = field(default_factory=dict)
+    stack: dict[str, Sequence[Strength]] = field(default_factory=dict)
 
     def load(self, name: str, path: Path, allow_partial: bool = False, allow_pickle: bool = False) -> Iterator[Note]:
         """Load an adapter at strength 0; yields what was odd in its file, and a note for every module without a fit."""
@@ -70,29 +71,31 @@ class Studio:
         for line in misfits:
             yield Note(f"adapter '{name}': not applied: {line}", "warning")
 
-    def set_stack(self, strengths: dict[str, float]) -> str:
-        """Give every loaded adapter its strength (0 unless named), merge when that is exact enough, and say which.
+    def set_stacks(self, stacks: Sequence[Mapping[str, Strength]]) -> str:
+        """Give every loaded adapter its strength on each image of a batch (0 unless named); return the engine.
 
-        In float32 the deltas are merged into a second buffer; in half precision a merge would round small deltas
-        away, so there the adapters compute beside the base.
+        One strength for all images is merged in float32; see `engines`.
         """
-        engine = "merged" if self.precision == "fp32" else "stacked"
-        wanted = {name: strengths.get(name, 0.0) for name in self.paths}
+        given = {name: [stack.get(name, OFF) for stack in stacks] for name in self.paths}
+        wanted: dict[str, Sequence[Strength]] = {
+            name: found if any(one != found[0] for one in found) else found[:1] for name, found in given.items()
+        }
         if wanted != self.stack:
-            set_strengths(self.family.pipeline, wanted)
-            for module in self.family.components.values():
-                (merge if engine == "merged" else unmerge)(module)
+            set_strengths(self.family.pipeline, wanted, engine="auto")
             self.stack = wanted
-        return engine
+        is_merged = self.precision == "fp32" and not any(varies(found) for found in wanted.values())
+        return "merged" if is_merged else "stacked"
 
     def shoot(
-        self, shots: Sequence[Shot], strengths: dict[str, float], how: Sampling
+        self, shots: Sequence[Shot], stacks: Sequence[Mapping[str, Strength]], how: Sampling
     ) -> list[tuple[Image.Image, Recipe]]:
-        """Make one batch with one stack; returns each image with its recipe."""
-        engine = self.set_stack(strengths)
-        rows = adapter_rows(self.paths, self.hashes, strengths)
+        """Make one batch, each image with its own stack; returns each with its recipe."""
+        engine = self.set_stacks(stacks)
         images = next(make_images(self.family, shots, how, len(shots)))
-        return [(image, self._recipe(rows, how, tuple(shots), index, engine)) for index, image in enumerate(images)]
+        rows = [adapter_rows(self.paths, self.hashes, stacks, index) for index in range(len(shots))]
+        return [
+            (image, self._recipe(rows[index], how, tuple(shots), index, engine)) for index, image in enumerate(images)
+        ]
 
     def _recipe(
         self, rows: tuple[dict, ...], how: Sampling, batch: tuple[Shot, ...], index: int, engine: str
@@ -120,20 +123,24 @@ def open_studio(base: str, device: str, precision: str) -> Studio:
     return Studio(family, base, base_hash(Path(base) if base else EMBEDDED), kind, where)
 
 
+def batches(jobs: Sequence[Job], batch_size: int) -> Iterator[tuple[list[Shot], list[dict[str, Strength]]]]:
+    """Yield the shots and stacks of each batch, in order; neighbours share one whatever their stacks are."""
+    for start in range(0, len(jobs), batch_size):
+        batch = jobs[start : start + batch_size]
+        yield [job.shot for job in batch], [job.strengths for job in batch]
+
+
 def make(
     studio: Studio, jobs: Sequence[Job], how: Sampling, batch_size: int, output: Path
 ) -> Iterator[Progress | Picture]:
-    """Make the images of `jobs` in order and write each as a PNG; neighbours with the same stack share batches."""
+    """Make the images of `jobs` in order and write each as a PNG."""
     numbers = free_numbers(output)
     done = 0
-    for _, group in groupby(jobs, key=lambda job: sorted(job.strengths.items())):
-        same = list(group)
-        for start in range(0, len(same), batch_size):
-            batch = same[start : start + batch_size]
-            for image, recipe in studio.shoot([job.shot for job in batch], batch[0].strengths, how):
-                yield save_numbered(image, output, numbers, recipe)
-            done += len(batch)
-            yield Progress("generating", done, len(jobs))
+    for shots, stacks in batches(jobs, batch_size):
+        for image, recipe in studio.shoot(shots, stacks, how):
+            yield save_numbered(image, output, numbers, recipe)
+        done += len(shots)
+        yield Progress("generating", done, len(jobs))
 
 
 def save_numbered(image: Image.Image, folder: Path, numbers: Iterator[int], recipe: Recipe) -> Picture:
