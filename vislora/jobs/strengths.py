@@ -32,7 +32,8 @@ def declared(table: StackedConfig) -> Strength:
     """Return the strength of one `[[stack]]` table. Raises `ConfigError`, naming the adapter."""
     with _of(f"stack: '{table.adapter}'"):
         region = read_mask(table.region) if isinstance(table.region, Path) else table.region
-        return Strength(table.strength, table.components, table.layers, table.steps, region)
+        steps: Any = table.steps  # a strength checks its steps itself, and says more of them
+        return Strength(table.strength, table.components, table.layers, steps, region)
 
 
 def read_mask(path: Path) -> Image.Image:
