@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vislora.algebra.low_rank import Limits
 from vislora.algebra.to_lora import Conversion, to_lora
 from vislora.algorithms.base import InitOptions, Kind, LayerSpec
 from vislora.errors import AdapterFileError, VisloraError
@@ -111,7 +112,7 @@ def lora_table() -> str:
 
 def as_lora(sample: Sample, rank: int | None) -> str:
     """Return what becomes of a sample's first module as plain LoRA, with the measured error."""
-    _, told = to_lora(sample.adapter, rank=rank)
+    _, told = to_lora(sample.adapter, Limits(rank))
     if not told:
         return "is LoRA"
     if not isinstance(told[0], Conversion):

@@ -16,7 +16,14 @@ from tests.layers import CASES, drawn
 from vislora import formats
 from vislora.algebra.compact import compact
 from vislora.algebra.compare import compare
-from vislora.algebra.low_rank import loha_product, lokr_product, nearest_product, nearest_to_product, within_sides
+from vislora.algebra.low_rank import (
+    Limits,
+    loha_product,
+    lokr_product,
+    nearest_product,
+    nearest_to_product,
+    within_sides,
+)
 from vislora.algebra.to_lora import Conversion, Kept, to_lora
 from vislora.cli import main
 from vislora.errors import AdapterFileError, ConfigError
@@ -109,14 +116,14 @@ def test_tucker_cores_are_multiplied_out(shape, rank, kernel, seed):
 def test_the_nearest_product_of_a_rank_is_the_truncated_svd():
     matrix = numbers(0, a=(40, 30))["a"]
     values = torch.linalg.svdvals(matrix)
-    up, down = nearest_product(matrix, 7, None)
+    up, down = nearest_product(matrix, Limits(7, None))
     assert (up.shape[1], down.shape[0]) == (7, 7)
     assert torch.linalg.vector_norm(matrix - up @ down) == pytest.approx(float(values[7:].norm()), rel=1e-12)
     share = float(values[:9].square().sum() / values.square().sum())
-    assert nearest_product(matrix, None, share - 1e-9)[0].shape[1] == 9
-    assert nearest_product(matrix, None, share + 1e-9)[0].shape[1] == 10
-    assert nearest_product(matrix, 4, share)[0].shape[1] == 4
-    assert nearest_product(torch.zeros(5, 4, dtype=torch.float64), None, 0.9)[0].abs().max() == 0
+    assert nearest_product(matrix, Limits(None, share - 1e-9))[0].shape[1] == 9
+    assert nearest_product(matrix, Limits(None, share + 1e-9))[0].shape[1] == 10
+    assert nearest_product(matrix, Limits(4, share))[0].shape[1] == 4
+    assert nearest_product(torch.zeros(5, 4, dtype=torch.float64), Limits(None, 0.9))[0].abs().max() == 0
 
 
 def test_a_large_matrix_is_sketched_and_nearly_as_good():
@@ -125,15 +132,15 @@ def test_a_large_matrix_is_sketched_and_nearly_as_good():
     matrix = left * torch.linspace(0, -6, 260, dtype=torch.float64).exp() @ right
     best = float(torch.linalg.svdvals(matrix)[16:].norm())
     before = torch.get_rng_state()
-    up, down = nearest_product(matrix, 16, None)
+    up, down = nearest_product(matrix, Limits(16, None))
     assert torch.equal(torch.get_rng_state(), before)
     assert best <= float(torch.linalg.vector_norm(matrix - up @ down)) * (1 + 1e-12) <= 1.001 * best
-    assert torch.equal(nearest_product(matrix, 16, None)[0], up)
+    assert torch.equal(nearest_product(matrix, Limits(16, None))[0], up)
 
 
 def test_the_nearest_of_a_product_needs_no_full_matrix():
     slots = numbers(2, up=(60, 8), down=(8, 50))
-    up, down = nearest_to_product(slots["up"], slots["down"], 3, None)
+    up, down = nearest_to_product(slots["up"], slots["down"], Limits(3))
     values = torch.linalg.svdvals(slots["up"] @ slots["down"])
     apart = torch.linalg.vector_norm(slots["up"] @ slots["down"] - up @ down)
     assert up.shape == (60, 3)
@@ -193,7 +200,7 @@ def test_the_rank_is_at_most_the_shorter_side():
 
 def test_a_rank_reduces_what_is_no_plain_lora_and_says_the_error():
     adapter = AdapterFile(modules=[lycoris_module("linear", "loha", rank=2), module("b", rank=4)])
-    made, told = to_lora(adapter, rank=2)
+    made, told = to_lora(adapter, Limits(2))
     loha, plain = made.modules
     assert plain is adapter.modules[1]
     assert loha.rank == 2
@@ -201,8 +208,8 @@ def test_a_rank_reduces_what_is_no_plain_lora_and_says_the_error():
     values = torch.linalg.svdvals(matrix)
     assert told[0].reduced
     assert told[0].error == pytest.approx(float(values[2:].norm() / values.norm()), rel=1e-5)
-    assert to_lora(adapter, rank=4)[1][0].reduced is False
-    assert to_lora(adapter, energy=0.999999)[1][0].error <= 1e-3
+    assert to_lora(adapter, Limits(4))[1][0].reduced is False
+    assert to_lora(adapter, Limits(energy=0.999999))[1][0].error <= 1e-3
 
 
 def test_magnitudes_and_biases_stay_on_top():
@@ -224,7 +231,7 @@ def test_full_changes_need_a_rank():
     assert made.modules == modules
     assert isinstance(told[0], Kept)
     assert "name a rank, or a share of energy" in told[0].reason
-    made, told = to_lora(adapter, rank=10)
+    made, told = to_lora(adapter, Limits(10))
     assert [sorted(item.tensors) for item in made.modules] == [["down", "up"], ["diff"], ["down", "up"]]
     assert made.modules[2].tensors["down"].shape == (10, 5, 2, 1)
     assert max(entry.error for entry in told if isinstance(entry, Conversion)) < 1e-6

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +19,38 @@ from torch import Tensor
 Product = tuple[Tensor, Tensor]
 """up (out, rank) and down (rank, in, *kernel), or (rank, in * kernel)."""
 OVERSAMPLED, POWER_STEPS = 16, 6
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of a matrix its nearest product keeps; of several limits the one that keeps least counts.
+
+    rank: at most so many singular values. energy: the fewest that hold this share, in (0, 1], of the sum of the squares
+    of all its numbers. ratio: those that are at least the largest divided by it (>= 1).
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    ratio: float | None = None
+
+    def __bool__(self) -> bool:
+        return self != Limits()
+
+    def most(self, shape: tuple[int, ...]) -> int:
+        """Return the largest rank that a matrix of this shape may keep."""
+        return min(shape) if self.rank is None else min(self.rank, *shape)
+
+    def kept(self, values: Tensor) -> int:
+        """Return how many of these singular values, the largest first, are kept; at least one."""
+        found = self.most(tuple(values.shape))
+        if self.energy is not None:
+            found = min(found, _enough(values, self.energy))
+        if self.ratio is not None:
+            found = min(found, int((values >= values[0] / self.ratio).sum()))
+        return max(1, found)
+
+
+EVERYTHING = Limits()
 
 
 def loha_product(slots: Mapping[str, Tensor]) -> Product:
@@ -52,30 +85,38 @@ def within_sides(up: Tensor, down: Tensor) -> Product:
     return full.flatten(1), eye.reshape(inside, *down.shape[1:])
 
 
-def nearest_product(matrix: Tensor, rank: int | None, energy: float | None) -> Product:
-    """Return the product nearest to `matrix` (out, in), of at most `rank`, or holding a share `energy` of it.
+def nearest_product(matrix: Tensor, limits: Limits) -> Product:
+    """Return the product nearest to `matrix` (out, in) within `limits`.
 
-    energy: of the sum of the squares of all its numbers, in (0, 1]. With both, the smaller rank. Large matrices of a
-    small rank: by a random sketch with power steps (Halko et al., arXiv 0909.4061), seeded.
+    Large matrices of a small rank: by a random sketch with power steps (Halko et al., arXiv 0909.4061), seeded.
     """
-    most = min(matrix.shape) if rank is None else min(rank, *matrix.shape)
-    if energy is None and 4 * (most + OVERSAMPLED) < min(matrix.shape):
+    most = limits.most(tuple(matrix.shape))
+    if limits.energy is None and 4 * (most + OVERSAMPLED) < min(matrix.shape):
         left, values, right = _sketched(matrix, most)
+        values, left, right = values[:most], left[:, :most], right[:most]
     else:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    kept = most if energy is None else min(most, _enough(values, energy))
+    kept = limits.kept(values)
     root = values[:kept].sqrt()
     return left[:, :kept] * root, root[:, None] * right[:kept]
 
 
-def nearest_to_product(up: Tensor, down: Tensor, rank: int | None, energy: float | None) -> Product:
+def nearest_to_product(up: Tensor, down: Tensor, limits: Limits) -> Product:
     """Return the product nearest to up @ down, both matrices, by the small core between their orthogonal bases."""
     if 2 * up.shape[1] >= min(up.shape[0], down.shape[1]):
-        return nearest_product(up @ down, rank, energy)
+        return nearest_product(up @ down, limits)
     left, upper = torch.linalg.qr(up)
     right, lower = torch.linalg.qr(down.T)
-    core_up, core_down = nearest_product(upper @ lower.T, rank, energy)
+    core_up, core_down = nearest_product(upper @ lower.T, limits)
     return left @ core_up, core_down @ right.T
+
+
+def product_norm(up: Tensor, down: Tensor) -> float:
+    """Return the Frobenius norm of up @ down, both matrices in float64, without making it.
+
+    Gram matrices square the numbers: differences below 1e-8 of the parts drown in rounding.
+    """
+    return math.sqrt(max(0.0, float(((up.T @ up) * (down @ down.T)).sum())))
 
 
 def _hada(slots: Mapping[str, Tensor], index: int) -> Product:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from vislora.algebra.low_rank import (
+    EVERYTHING,
+    Limits,
     Product,
     loha_product,
     lokr_product,
@@ -71,32 +73,32 @@ class Kept:
     reason: str
 
 
-def to_lora(
-    adapter: AdapterFile, rank: int | None = None, energy: float | None = None
-) -> tuple[AdapterFile, list[Conversion | Kept]]:
+def to_lora(adapter: AdapterFile, limits: Limits = EVERYTHING) -> tuple[AdapterFile, list[Conversion | Kept]]:
     """Return `adapter` with plain LoRA modules wherever that can be, and what became of every other module.
 
-    rank, energy: the nearest LoRA of at most this rank, or that holds this share of the change's squared norm, of what
-    has a larger rank or none. Plain LoRA modules stay as they are. A fused layer that had to stay whole is cut.
+    limits: of the nearest LoRA to what has a larger rank or none. Plain LoRA modules stay as they are. A fused layer
+    that had to stay whole is cut.
     """
     family = family_for_writing(adapter)
     modules: list[AdapterModule] = []
     told: list[Conversion | Kept] = []
-    first = _is_sd1(adapter.modules)
+    first = is_sd1(adapter.modules)
     for module in adapter.modules:
-        reason = _why_kept(module, rank is not None or energy is not None)
+        reason = _why_kept(module, bool(limits))
         if reason is None:
-            made, conversion = _converted(module, rank, energy, first)
+            made, conversion = _converted(module, limits, first)
             told.append(conversion)
         else:
             made = module
             told += [Kept(module.name, reason)] if reason else []
         modules += _parts(made, family) if made.uncut else [made]
-    metadata = _metadata(adapter.metadata, modules) if any(isinstance(item, Conversion) for item in told) else None
+    metadata = (
+        metadata_of_lora(adapter.metadata, modules) if any(isinstance(item, Conversion) for item in told) else None
+    )
     return replace(adapter, modules=modules, family=family, metadata=metadata or adapter.metadata), told
 
 
-def _metadata(metadata: Mapping[str, str], modules: list[AdapterModule]) -> dict[str, str]:
+def metadata_of_lora(metadata: Mapping[str, str], modules: list[AdapterModule]) -> dict[str, str]:
     """Return the metadata without what it says of the former kinds: a writer says afresh what is missing."""
     kept = {key: value for key, value in metadata.items() if key != METADATA_KEY}
     if NETWORK[0] not in kept or any(frozenset(module.tensors) != PLAIN for module in modules):
@@ -121,36 +123,40 @@ def _why_kept(module: AdapterModule, any_rank: bool) -> str | None:
     return None if any_rank else f"a module of kind {module.algo} is a full matrix: name a rank, or a share of energy"
 
 
-def _converted(
-    module: AdapterModule, rank: int | None, energy: float | None, is_sd1: bool
-) -> tuple[AdapterModule, Conversion]:
-    slots = {slot: tensor.to(torch.float64) for slot, tensor in module.tensors.items()}
-    product = _product(module, slots)
+def _converted(module: AdapterModule, limits: Limits, first: bool) -> tuple[AdapterModule, Conversion]:
+    product = exact_product(module)
     full = module.direction()
     matrix = full.flatten(1)
-    kernel = tuple(full.shape[2:]) or _kernel(module, matrix.shape[1], is_sd1)
+    kernel = tuple(full.shape[2:]) or kernel_of(module, matrix.shape[1], first)
     if product is None:
-        up, down = nearest_product(matrix, rank, energy)
+        up, down = nearest_product(matrix, limits)
         scale = 1.0
     else:
         up, down = product[0], product[1].flatten(1)
         scale = module.scale
-    reduced = product is None or energy is not None or (rank is not None and up.shape[1] > rank)
+    reduced = product is None or limits.energy is not None or (limits.rank is not None and up.shape[1] > limits.rank)
     if product is not None and reduced:
-        up, down = nearest_to_product(up, down, rank, energy)
+        up, down = nearest_to_product(up, down, limits)
     tensors = _stored(up, down, list(module.tensors.values()))
     meant = float(torch.linalg.vector_norm(matrix))
     made = scale * (tensors["up"].to(torch.float64) @ tensors["down"].to(torch.float64))
     apart = float(torch.linalg.vector_norm(made - matrix))
-    tensors = _with_kernel(tensors, matrix.shape[1], kernel)
+    tensors = with_kernel(tensors, matrix.shape[1], kernel)
     found = up.shape[1]
     lora = replace(module, algo="lora", tensors=tensors, alpha=scale * found, rule="alpha/r", notes=list(module.notes))
     return lora, Conversion(module.name, module.algo, found, apart / meant if meant else apart, reduced)
 
 
-def _product(module: AdapterModule, slots: dict[str, Tensor]) -> Product | None:
+def exact_product(module: AdapterModule) -> Product | None:
+    """Return a module's change, before its scale, as up (out, rank) and down (rank, in, *kernel) in float64.
+
+    None for what is no product: embeddings, full matrices, sparse rests, and kinds that need the base weight.
+    """
+    slots = {slot: tensor.to(torch.float64) for slot, tensor in module.tensors.items() if tensor.is_floating_point()}
     if module.algo in EXACT:
         return within_sides(*EXACT[module.algo](slots))
+    if slots.keys() == PLAIN:
+        return slots["up"].flatten(1), slots["down"]
     return tucker_product(slots) if slots.keys() == PLAIN | {"mid"} else None
 
 
@@ -164,22 +170,23 @@ def _stored(up: Tensor, down: Tensor, sources: list[Tensor]) -> dict[str, Tensor
     return {"down": down.to(kept), "up": up.to(kept)}
 
 
-def _is_sd1(modules: list[AdapterModule]) -> bool:
+def is_sd1(modules: list[AdapterModule]) -> bool:
     """Say whether some cross attention of a UNet sees text features of SD 1's width."""
     keys = (module for module in modules if (module.path or "").endswith("attn2.to_k"))
     return any(inputs_of(module.tensors) == 768 for module in keys)
 
 
-def _kernel(module: AdapterModule, columns: int, is_sd1: bool) -> tuple[int, ...]:
-    """Return the kernel of a layer whose slots are matrices, from its name; () for a linear layer."""
+def kernel_of(module: AdapterModule, columns: int, first: bool) -> tuple[int, ...]:
+    """Return the kernel of a layer whose slots are matrices, from its name; () for a linear layer. `first`: SD 1."""
     path = module.path or "" if module.component == "denoiser" else ""
-    if is_sd1 and PROJECTION.fullmatch(path):
+    if first and PROJECTION.fullmatch(path):
         return 1, 1
     sizes = next((sizes for pattern, sizes in KERNELS if pattern.fullmatch(path)), ())
     return sizes if columns % math.prod(sizes) == 0 else ()
 
 
-def _with_kernel(tensors: dict[str, Tensor], columns: int, kernel: tuple[int, ...]) -> dict[str, Tensor]:
+def with_kernel(tensors: dict[str, Tensor], columns: int, kernel: tuple[int, ...]) -> dict[str, Tensor]:
+    """Return the slots of a linear layer as those of a conv with this kernel; () leaves them as they are."""
     if not kernel:
         return tensors
     up, down = tensors["up"], tensors["down"]

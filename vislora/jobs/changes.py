@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from vislora.algebra.compact import compact
+from vislora.algebra.low_rank import Limits
 from vislora.algebra.to_lora import Conversion, Kept, to_lora
 from vislora.config.convert import ConvertConfig
 from vislora.formats.adapter_file import AdapterFile
@@ -41,7 +42,7 @@ def changed(adapter: AdapterFile, config: ConvertConfig) -> Changes:
 
 
 def _as_lora(changes: Changes, config: ConvertConfig) -> None:
-    changes.adapter, told = to_lora(changes.adapter, config.rank, config.energy)
+    changes.adapter, told = to_lora(changes.adapter, Limits(config.rank, config.energy))
     made = [item for item in told if isinstance(item, Conversion)]
     changes.notes += [Note(text, "warning") for text in _kept([item for item in told if isinstance(item, Kept)])]
     if not made:
