@@ -22,6 +22,8 @@ _PUBLIC = {
     "train": "vislora.jobs.train:train",
     "generate": "vislora.jobs.generate:generate",
     "convert": "vislora.jobs.convert:convert",
+    "merge": "vislora.jobs.merge:merge_adapters",
+    "resize": "vislora.jobs.resize:resize_adapter",
     "inspect": "vislora.jobs.inspect:inspect",
 }
 _SUBPACKAGES = ("algorithms", "formats", "inject", "models")

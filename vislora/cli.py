@@ -43,6 +43,16 @@ JOBS = {
         "vislora.config.convert:ConvertConfig",
         "vislora.jobs.convert:run",
     ),
+    "merge": Job(
+        "make one adapter of several, with its error against their sum",
+        "vislora.config.merge:MergeConfig",
+        "vislora.jobs.merge:run",
+    ),
+    "resize": Job(
+        "make an adapter smaller, with the error of every module",
+        "vislora.config.resize:ResizeConfig",
+        "vislora.jobs.resize:run",
+    ),
     "inspect": Job(
         "say what is in an adapter file",
         "vislora.config.inspect:InspectConfig",

@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import vislora.jobs.convert as job
 from tests.formats.format_helpers import module, sd_adapter
 from vislora import formats
 from vislora.algebra.compare import compare
 from vislora.config.convert import ConvertConfig
 from vislora.errors import AdapterFileError, ConfigError, VisloraError
 from vislora.formats.adapter_file import AdapterFile
+from vislora.jobs import proof
 from vislora.jobs.convert import convert, run
 from vislora.records import Done, Note
 
@@ -95,13 +95,13 @@ def test_kinds_that_a_format_cannot_hold_are_named(tmp_path):
 
 
 def test_a_mismatch_is_never_written(source, tmp_path, monkeypatch):
-    real = job.write
+    real = proof.write
 
     def tampered(packed, path):
         packed[0].tensors["unet.conv_in.lora_B.weight"] = packed[0].tensors["unet.conv_in.lora_B.weight"] + 1e-3
         real(packed, path)
 
-    monkeypatch.setattr(job, "write", tampered)
+    monkeypatch.setattr(proof, "write", tampered)
     (tmp_path / "a.safetensors").write_bytes(b"precious")
     report = convert(source, tmp_path / "a.safetensors", "diffusers", overwrite=True)
     assert not report.written

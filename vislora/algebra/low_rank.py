@@ -111,6 +111,11 @@ def nearest_to_product(up: Tensor, down: Tensor, limits: Limits) -> Product:
     return left @ core_up, core_down @ right.T
 
 
+def as_stored(alpha: float) -> float:
+    """Return an alpha as files hold it, in float32, so that what is read back has the very same scale."""
+    return float(torch.tensor(alpha, dtype=torch.float32))
+
+
 def product_norm(up: Tensor, down: Tensor) -> float:
     """Return the Frobenius norm of up @ down, both matrices in float64, without making it.
 

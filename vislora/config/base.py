@@ -24,6 +24,13 @@ Repeatable = Annotated[T, REPEATABLE]
 
 
 @dataclass(frozen=True)
+class Short:
+    """A second, short flag of a setting: `-o`."""
+
+    flag: str
+
+
+@dataclass(frozen=True)
 class OneOf:
     """A text setting that names a part; an alias of one becomes its name. Other names are an error with the nearest.
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 from pydantic.fields import FieldInfo
 
 from vislora.config import toml
-from vislora.config.base import POSITIONAL, REPEATABLE, OneOf, Section
+from vislora.config.base import POSITIONAL, REPEATABLE, OneOf, Section, Short
 from vislora.errors import ConfigError, listed, nearest
 
 S = TypeVar("S", bound=Section)
@@ -167,7 +167,8 @@ def _add(cls: type[Section], parser: _Parser, group: Any, values: Mapping[str, A
 def _add_setting(group: Any, name: str, field: FieldInfo, shown: str) -> None:
     about = f"{field.description or ''}{shown}".replace("%", "%%")
     if POSITIONAL in field.metadata:
-        group.add_argument(name, metavar=name.upper(), nargs=None if shown == REQUIRED else "?", help=about)
+        count = ("+" if field.is_required() else "*") if _is_list(field) else (None if shown == REQUIRED else "?")
+        group.add_argument(name, metavar=name.upper(), nargs=count, help=about)
         return
     keywords: dict[str, Any] = {"dest": name, "help": about}
     if field.annotation is bool:
@@ -178,7 +179,8 @@ def _add_setting(group: Any, name: str, field: FieldInfo, shown: str) -> None:
             keywords["action"] = "append"
         elif _is_list(field):
             keywords["nargs"] = "*"
-    group.add_argument(*_options(name, field), **keywords)
+    short = [item.flag for item in field.metadata if isinstance(item, Short)]
+    group.add_argument(*short, *_options(name, field), **keywords)
 
 
 def _shown(field: FieldInfo, from_file: Any) -> str:

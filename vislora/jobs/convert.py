@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,20 @@ import torch
 
 from vislora.algebra.compare import Comparison
 from vislora.config.convert import ConvertConfig
-from vislora.errors import AdapterFileError, ConfigError, VisloraError
-from vislora.files import replacing, syncing, write_text
+from vislora.errors import ConfigError, VisloraError
+from vislora.files import write_text
 from vislora.formats.adapter_file import AdapterFile
 from vislora.formats.container import is_one_adapter
-from vislora.formats.contract import Packed
 from vislora.formats.overview import overview
 from vislora.formats.reading import load, uncollected
 from vislora.formats.tucker import fold_tucker
-from vislora.formats.writing import Loss, pack, pack_whole, unwritable, writable, write
+from vislora.formats.writing import Loss, pack, pack_whole, unwritable, writable
 from vislora.jobs.changes import changed
 from vislora.jobs.folders import adapters_below, check_places, destinations
 from vislora.jobs.parallel import each, is_worker
-from vislora.jobs.proof import prove
+from vislora.jobs.proof import Pack, Unproven, check_destination, save_proven
 from vislora.records import Done, Note, Progress, Record, result
 from vislora.registry import FORMATS
-
-Pack = Callable[[AdapterFile, Path, str], list[Packed]]
 
 
 @dataclass
@@ -228,21 +225,14 @@ def as_json(report: ConvertReport) -> dict[str, Any]:
     return {"source": str(report.source), "destination": str(report.destination), **fields, "ok": report.ok}
 
 
-class _Unproven(Exception):
-    """Leaves `replacing`, so that no file stays behind."""
-
-
 def _write(config: ConvertConfig, adapter: AdapterFile, packed: Pack, report: ConvertReport) -> Iterator[Record]:
     try:
-        with replacing(config.destination) as temporary:
-            write(packed(adapter, config.destination, config.to), temporary)
-            with syncing(temporary):
-                _tell(report, prove(adapter, temporary), config.tolerance)
-            if report.problems:
-                raise _Unproven
+        comparison = save_proven(adapter, config.destination, config.to, config.tolerance, packed)
         report.written = True
-    except _Unproven:
-        yield from (Note(f"not equal: {line}", "warning") for line in report.problems)
+    except Unproven as error:
+        comparison = error.comparison
+    _tell(report, comparison, config.tolerance)
+    yield from (Note(f"not equal: {line}", "warning") for line in report.problems)
 
 
 def _tell(report: ConvertReport, comparison: Comparison, tolerance: float) -> None:
@@ -258,13 +248,7 @@ def _check_places(config: ConvertConfig) -> None:
         raise ConfigError(f"destination: {config.destination} is, or holds, the source itself; name another place")
     if source in destination.parents:
         raise ConfigError(f"destination: {config.destination} is in the source; name a place beside it")
-    if config.destination.exists() and not config.overwrite:
-        raise ConfigError(f"destination: {config.destination} exists; choose another, or set overwrite")
-    form, is_file = writable(config.to), config.destination.suffix == ".safetensors"
-    if form.container == "file" and not is_file:
-        raise AdapterFileError(f"{config.destination}: a {form.name} adapter is a file named *.safetensors")
-    if form.container == "folder" and is_file:
-        raise AdapterFileError(f"{config.destination}: a {form.name} adapter is a folder, not a .safetensors file")
+    check_destination(config.destination, config.to, config.overwrite)
     _check_report(config, [config.source, config.destination])
 
 
