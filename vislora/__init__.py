@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "load": "vislora.jobs.pipelines:load",
     "set_strengths": "vislora.jobs.pipelines:set_strengths",
+    "set_composition": "vislora.jobs.pipelines:set_composition",
     "eject": "vislora.jobs.pipelines:eject",
     "reserve": "vislora.jobs.pipelines:reserve",
     "unreserve": "vislora.jobs.pipelines:unreserve",

@@ -98,6 +98,16 @@ FORMATS = Registry(
     },
 )
 
+COMPOSITIONS = Registry(
+    "composition",
+    {
+        "sum": "vislora.inject.composition:SUM",
+        "switch": "vislora.inject.compositions.switch:Switch",
+        "composite": "vislora.inject.compositions.composite:Composite",
+        "klora": "vislora.inject.compositions.klora:KLora",
+    },
+)
+
 FAMILIES = Registry(
     "family",
     {

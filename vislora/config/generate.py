@@ -8,10 +8,10 @@ from typing import Literal
 from pydantic import Field
 
 from vislora.config.base import Repeatable
-from vislora.config.stack import StackConfig
+from vislora.config.stack import ComposedStackConfig
 
 
-class GenerateConfig(StackConfig):
+class GenerateConfig(ComposedStackConfig):
     """Make images with any number of stacked adapters. `<lora:name:0.8>` in a prompt adds one for that prompt."""
 
     prompt: Repeatable[tuple[str, ...]] = ()
@@ -44,6 +44,8 @@ class GenerateConfig(StackConfig):
     """Images made at once."""
     sheet: bool = False
     """Also make each image with the base and each adapter alone, and lay them out in `sheet.png` (`sheet-2.png`)."""
+    compositions: bool = False
+    """With `sheet`: the stack under every composition that it can have, too."""
     explain: bool = False
     """Say for every stack how its adapters are computed (merged, stacked, per image), and why."""
     like: Path | None = None

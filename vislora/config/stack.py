@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from vislora.config.base import Repeatable, Section
+from vislora.config.base import OneOf, Repeatable, Section
 
 
 class StackedConfig(Section):
@@ -26,6 +27,34 @@ class StackedConfig(Section):
     """Where it acts: a box `[left, top, right, bottom]` of shares of the sides, or the path of a mask image."""
 
 
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "sum": (),
+    "switch": ("every", "shares"),
+    "composite": ("shares",),
+    "klora": ("content", "style"),
+}
+
+
+class ComposeConfig(Section):
+    """How the adapters of a stack act together; see docs/composition.md."""
+
+    method: Annotated[str, OneOf("vislora.registry:COMPOSITIONS")] = "sum"
+    """sum: all at once; switch: one after the other; composite: each predicts by itself; klora: one on each layer."""
+    every: int | None = Field(None, ge=1)
+    """switch: steps that an adapter acts for before the next one does (1)."""
+    shares: dict[str, float] = Field(default_factory=dict)
+    """switch: turns of an adapter in a round; composite: what its prediction counts. By name; 1 for the others."""
+    content: str | None = None
+    """klora: the adapter of the content."""
+    style: str | None = None
+    """klora: the adapter of the style."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return what the composition itself is given: those of its settings that are set."""
+        return {name: getattr(self, name) for name in SETTINGS[self.method] if getattr(self, name)}
+
+
 class StackConfig(Section):
     """A stack of adapters."""
 
@@ -33,3 +62,10 @@ class StackConfig(Section):
     """An adapter of the stack with all that its strength can have; repeat for more. See docs/stacks.md."""
     adapters: tuple[Path, ...] = (Path("adapters"), Path("runs"))
     """Folders in which adapters are looked up by name."""
+
+
+class ComposedStackConfig(StackConfig):
+    """A stack of adapters and how they act together."""
+
+    compose: ComposeConfig = Field(default_factory=ComposeConfig)
+    """How the adapters act together."""

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from vislora.errors import AdapterMismatchError, ConfigError
 from vislora.inject.places import Places
-from vislora.inject.progress import Loop, progress_of
+from vislora.inject.progress import Loop, position_of
 from vislora.inject.strength import Strength
+
+if TYPE_CHECKING:
+    from vislora.inject.composition import Composition, OnLayers, Run
 
 OUTSIDE = (
     "strengths that differ by image, step or place are looked up outside of a graph; vislora.reserve needs no break"
@@ -36,7 +39,8 @@ class Moment:
     """One forward of a model, as its layers see it.
 
     component, strengths: of the model's stack, by adapter; one strength, or one per image. varying: those of them that
-    depend on the moment. rows: of the model's input. loop: what tells the progress.
+    depend on the moment. rows: of the model's input. loop: what tells the progress. composition: how the adapters of a
+    denoiser act together, None: all at once; on_layers: what it may look at; runs: of the denoiser in this step.
     """
 
     component: str = "denoiser"
@@ -44,10 +48,20 @@ class Moment:
     varying: dict[str, tuple[Strength, ...]] = field(default_factory=dict)
     loop: Loop | None = None
     rows: int | None = None
-    progress: float = 0.0
+    position: tuple[int, int] = (0, 0)
     places: Places | None = None
+    composition: Composition | None = None
+    on_layers: OnLayers | None = None
+    runs: list[Run] = field(default_factory=list)
+    _run: Run | None = None
     _made: dict[Any, Tensor] = field(default_factory=dict, repr=False)
     _signature: Any = None
+
+    @property
+    def progress(self) -> float:
+        """Return how far the run is, in [0, 1]."""
+        step, last = self.position
+        return step / last if last else 0.0
 
     @property
     def images(self) -> int:
@@ -57,7 +71,7 @@ class Moment:
     @property
     def is_needed(self) -> bool:
         """Say whether a strength depends on the moment."""
-        return bool(self.varying)
+        return bool(self.varying) or self.composition is not None
 
     def give(self, name: str, strengths: tuple[Strength, ...] | None) -> None:
         """Set the strengths of an adapter, or forget them."""
@@ -85,11 +99,29 @@ class Moment:
             self.places = Places.of(model, first, kwargs) if regions else None
             for region in regions if self.places else ():
                 region.require_shape(*self.places.sides)  # type: ignore[union-attr]
-            if any(strength.steps is not None for strength in varying):
-                self.progress = progress_of(self.loop, args, kwargs)
+            if any(strength.steps is not None for strength in varying) or self.composition is not None:
+                self.position = position_of(self.loop, args, kwargs)
+        self.runs, self._run = self._composed(), None
+        if self.runs:
+            self.enter(self.runs[0])
         signature = self.rows, self.places, tuple((name, self._over(name)) for name in self.varying)
         if signature != self._signature:
             self._made, self._signature = {}, signature
+
+    def enter(self, run: Run) -> None:
+        """Have the adapters act as they do in this run of the denoiser."""
+        self._run = run
+        self._made = {}
+
+    def _composed(self) -> list[Run]:
+        """Return the runs of this step; none where all adapters act at once."""
+        if self.composition is None or not self._is_denoiser:
+            return []
+        names = sorted(name for name, given in self.strengths.items() if any(one.value != 0.0 for one in given))
+        if any(len(self.strengths[name]) > 1 for name in names):
+            raise ConfigError("images with stacks of their own have no composition but 'sum': make them one by one")
+        assert self.on_layers is not None
+        return self.composition.runs(names, *self.position, self.on_layers) if names else []
 
     @torch.compiler.disable(reason=OUTSIDE)
     def factor(self, shares: Sequence[Share], out: Tensor, axis: int, path: str) -> Tensor:
@@ -100,9 +132,11 @@ class Moment:
         """
         grid = self.places.grid(path, out, axis) if self.places else None
         rows = out.shape[0] if out.dim() > 1 else 1
-        key = (tuple(shares), rows, out.dim(), axis, grid, out.dtype, out.device)
+        gates = tuple(self._run.gate(name, path) for name, _, _ in shares) if self._run else ()
+        key = (tuple(shares), gates, rows, out.dim(), axis, grid, out.dtype, out.device)
         if key not in self._made:
             columns = [self._column(share, rows, out.dim(), axis, grid, path) for share in shares]
+            columns = [column * gate for column, gate in zip(columns, gates, strict=True)] if gates else columns
             sizes = torch.broadcast_shapes(*(column.shape for column in columns))
             wide = [
                 column.expand(*_with(sizes, axis, width)) for column, (_, _, width) in zip(columns, shares, strict=True)

@@ -306,7 +306,9 @@ def takes_lora(layer: nn.Module) -> bool:
 def _mostly_apart(adapters: Sequence[LayerAdapter]) -> bool:
     """Say whether strengths depend on the image alone, and an image has a small part of the ranks."""
     moment = adapters[0].moment
-    if not all(strength.is_constant for adapter in adapters for strength in moment.strengths[adapter.name]):
+    if moment.composition is not None or not all(
+        strength.is_constant for adapter in adapters for strength in moment.strengths[adapter.name]
+    ):
         return False
     ranks = [_rank(adapter) for adapter in adapters]
     own = [

@@ -50,13 +50,16 @@ class Loop:
         return {"_pipeline": None, "_schedule": (None, [])}
 
 
-def progress_of(loop: Loop | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
-    """Return the progress of the step that a denoiser is called for. Raises `ConfigError` when nothing tells it."""
+def position_of(loop: Loop | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the step that a denoiser is called for, from 0, and the last one. Raises `ConfigError` if nothing tells.
+
+    The progress is their quotient.
+    """
     schedule = loop.schedule() if loop is not None else []
     if loop is None or not schedule:
         raise ConfigError(
-            "a strength depends on the steps, and no scheduler tells them: give it by vislora.set_strengths(pipeline, "
-            "...) with the pipeline that runs the steps, or give a strength without steps"
+            "a strength or composition depends on the steps, and no scheduler tells them: set it on the pipeline that "
+            "runs the steps, not on its denoiser, or have it not depend on them"
         )
     scheduler = loop.pipeline.scheduler
     index = getattr(scheduler, "step_index", None)
@@ -65,8 +68,13 @@ def progress_of(loop: Loop | None, args: Sequence[Any], kwargs: Mapping[str, Any
     if index is None:
         index = _nearest(_timestep(args, kwargs), schedule, scheduler)
     last = schedule.index(schedule[-1])  # a scheduler of second order has every timestep twice
-    position = schedule.index(schedule[min(int(index), len(schedule) - 1)])
-    return position / last if last else 0.0
+    step = schedule.index(schedule[min(int(index), len(schedule) - 1)])
+    return _distinct(schedule, step), _distinct(schedule, last)
+
+
+def _distinct(schedule: list[float], index: int) -> int:
+    """Return how many different timesteps come before `index`."""
+    return len(set(schedule[:index]))
 
 
 def _timestep(args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from vislora.errors import ConfigError, nearest
+from vislora.inject.composition import Composition, mixed
 from vislora.inject.fused import Watch, require_run, watches
 from vislora.inject.layer import put_on, require_removable, set_room, state_of, take_off
 from vislora.inject.moment import Moment, varies
@@ -29,8 +30,9 @@ class Stack:
     `moment`: the strengths, and what they depend on while the model runs. `watches`: the attentions with adapters whose
     layers diffusers may fuse; `hook`: asks them before every forward of the model; `clocks`: begin the moment before
     every forward, while a strength depends on it; `begins_outside`: one of them stands before what `torch.compile`
-    returned. `paths`, `ranks`: the layers of each adapter, and its largest rank; `reserve`: room for them in a compiled
-    model. `engine`: what was asked for, see `engines`.
+    returned; `mixer`: runs the model again where a composition asks for it. `paths`, `ranks`: the layers of each
+    adapter, and its largest rank; `reserve`: room for them in a compiled model. `engine`: what was asked for, see
+    `engines`.
     """
 
     index: Index
@@ -43,6 +45,7 @@ class Stack:
     watches: list[Watch] = field(default_factory=list)
     hook: RemovableHandle | None = None
     clocks: list[RemovableHandle] = field(default_factory=list)
+    mixer: RemovableHandle | None = None
     begins_outside: bool = False
 
     @property
@@ -112,6 +115,13 @@ class Stack:
             self.moment.give(name, strengths)
         self._write()
 
+    def set_composition(self, composition: Composition | None) -> None:
+        """Have the adapters act together by `composition`, None: all at once. Raises `ConfigError` when reserved."""
+        if composition is not None and self.reserve is not None:
+            raise ConfigError("a reserved model has no composition but 'sum'; vislora.unreserve gives the room up")
+        self.moment.composition, self.moment.on_layers = composition, self._on_layers
+        self.set_strengths(dict(self.strengths))
+
     def require_room(self, given: Mapping[str, tuple[Strength, ...]]) -> None:
         """Raise `ConfigError` when this model is reserved and has no room for these strengths."""
         for name in given:
@@ -160,7 +170,7 @@ class Stack:
     def _tune(self, adapter: LayerAdapter, strengths: Sequence[Strength]) -> None:
         found = tuple(strength.on(self.moment.component, adapter.path) for strength in strengths)
         if len(found) == 1 and strengths[0].is_constant:
-            adapter.strengths, adapter.varies = found, False
+            adapter.strengths, adapter.varies = found, self.moment.composition is not None
             return
         same = all(one == found[0] for one in found) and all(strength.is_constant for strength in strengths)
         adapter.varies = varies(strengths) and not same
@@ -241,7 +251,8 @@ def settle(model: nn.Module) -> None:
     if not stack.watches and stack.hook is not None:
         stack.hook.remove()
         stack.hook = None
-    _settle_clocks(model, stack, stack.moment.is_needed or stack.reserve is not None)
+    _settle_clocks(model, stack, (stack.moment.is_needed and bool(stack.strengths)) or stack.reserve is not None)
+    _settle_mixer(model, stack)
     if not stack.strengths and stack.reserve is None:
         del unwrapped(model).__dict__[STACK]
 
@@ -266,6 +277,20 @@ def _settle_clocks(model: nn.Module, stack: Stack, timed: bool) -> None:
             clock.remove()
         stack.clocks.clear()
         stack.begins_outside = False
+
+
+def _settle_mixer(model: nn.Module, stack: Stack) -> None:
+    """Have the model run again after its forward while there is a composition that may ask for it."""
+    if stack.moment.composition is not None and stack.mixer is None:
+        stack.mixer = unwrapped(model).register_forward_hook(_mix, with_kwargs=True)
+    if stack.mixer is not None and (stack.moment.composition is None or not stack.strengths):
+        stack.mixer.remove()
+        stack.mixer = None
+
+
+def _mix(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    stack = existing_stack(model)
+    return out if stack is None else mixed(model, stack.moment, args, kwargs, out)
 
 
 def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

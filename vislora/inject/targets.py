@@ -156,6 +156,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Say whether `torch.compile` made something of `model` or of a part of it."""
+    if unwrapped(model) is not model:
+        return True
+    return any(
+        "_orig_mod" in path or getattr(module, "_compiled_call_impl", None) is not None
+        for path, module in model.named_modules()
+    )
+
+
 def plain_path(path: str) -> str:
     """Return `path` without the levels that `torch.compile` puts in."""
     return path.replace("_orig_mod.", "").removesuffix("._orig_mod")

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from vislora.config.generate import GenerateConfig
+from vislora.config.stack import ComposeConfig
 from vislora.errors import AdapterFileError, ConfigError, ModelError
 from vislora.files import replacing, reserving
 from vislora.inject.strength import Strength
@@ -23,6 +24,7 @@ from vislora.models.base import Family
 from vislora.models.sampling import Sampling, Shot, cut_off, picture_step
 from vislora.models.schedulers import scheduler_for
 from vislora.records import Done, Note, Progress, Record, result
+from vislora.registry import COMPOSITIONS
 from vislora.reports.sheet import contact_sheet
 
 
@@ -44,6 +46,7 @@ def run(config: GenerateConfig) -> Iterator[Record]:
     how = sampling(studio.family, config)
     for label, path in paths.items():
         yield from studio.load(label, path, config.allow_partial, config.allow_pickle)
+    studio.set_composition(config.compose)
     jobs = [
         Job(Shot(prompt.text, config.negative_prompt, config.seed + number), _stack(always, prompt, labels))
         for prompt in prompts
@@ -59,7 +62,7 @@ def run(config: GenerateConfig) -> Iterator[Record]:
     yield from _collect(make(studio, jobs, how, config.batch_size, config.output), pictures)
     lines = [str(picture.path) for picture in pictures]
     if config.sheet:
-        path = yield from _sheet(studio, jobs, how, config.batch_size, pictures, config.output)
+        path = yield from _sheet(studio, jobs, how, config, pictures)
         lines.append(str(path))
     yield Done(pictures, "\n".join(lines))
 
@@ -96,7 +99,7 @@ def _stack(always: dict[str, Strength], prompt: Prompt, labels: dict[str, str]) 
 def _explained(studio: Studio, jobs: list[Job], batch_size: int) -> Iterator[Note]:
     """Say how the stacks are computed; batches that are alike are told once."""
     told: set[str] = set()
-    for _, stacks in batches(jobs, batch_size):
+    for _, stacks in batches(jobs, batch_size, studio.compose):
         studio.set_stacks(stacks)
         lines = explain(studio.family.pipeline)
         if "\n".join(lines) not in told:
@@ -114,26 +117,40 @@ def _collect(records: Iterator[Progress | Picture], pictures: list[Picture], tas
 
 
 def _sheet(
-    studio: Studio, jobs: list[Job], how: Sampling, batch_size: int, stacked: list[Picture], folder: Path
+    studio: Studio, jobs: list[Job], how: Sampling, config: GenerateConfig, stacked: list[Picture]
 ) -> Generator[Progress, None, Path]:
-    """Make every job with the base and with each adapter alone too, write them all as one picture; return its path."""
+    """Make every job in the sheet's other ways too, write them all as one picture; return its path."""
     columns: list[tuple[str, list[Image.Image]]] = []
-    alone = list(studio.paths) if len(studio.paths) > 1 else []
-    for name in [None, *alone]:
-        label = "base" if name is None else name.replace("/", "-")
-        part = [Job(job.shot, {} if name is None else {name: job.strengths.get(name, Strength(1.0))}) for job in jobs]
+    for label, compose, part in _columns(studio, jobs, config):
         pictures: list[Picture] = []
-        yield from _collect(make(studio, part, how, batch_size, folder / label), pictures, f"sheet: {label}")
-        columns.append((label, [picture.image for picture in pictures]))
+        studio.set_composition(compose)
+        folder = config.output / label.replace("/", "-")
+        yield from _collect(make(studio, part, how, config.batch_size, folder), pictures, f"sheet: {label}")
+        columns.append((label.replace("/", "-"), [picture.image for picture in pictures]))
     if studio.paths:
-        last = "stack" if alone else next(iter(studio.paths))
-        columns.append((last, [picture.image for picture in stacked]))
+        label = next(iter(studio.paths)) if len(studio.paths) == 1 else "stack"
+        label = label if config.compose.method == "sum" else config.compose.method
+        columns.append((label, [picture.image for picture in stacked]))
     rows = list(zip(*(images for _, images in columns), strict=True))
     sheet = contact_sheet(rows, [job.shot.prompt for job in jobs], [label for label, _ in columns])
     names = chain(["sheet"], (f"sheet-{number}" for number in count(2)))  # an image is never overwritten
-    with reserving(folder / f"{name}.png" for name in names) as path, replacing(path) as temporary:
+    with reserving(config.output / f"{name}.png" for name in names) as path, replacing(path) as temporary:
         sheet.save(temporary, format="PNG")
     return path
+
+
+def _columns(studio: Studio, jobs: list[Job], config: GenerateConfig) -> Iterator[tuple[str, ComposeConfig, list[Job]]]:
+    """Yield what the sheet shows beside the stack itself: the base, each adapter alone, the other compositions."""
+    plain = ComposeConfig()
+    yield "base", plain, [Job(job.shot, {}) for job in jobs]
+    if len(studio.paths) < 2:
+        return
+    for name in studio.paths:
+        yield name, plain, [Job(job.shot, {name: job.strengths.get(name, Strength(1.0))}) for job in jobs]
+    for method in COMPOSITIONS if config.compositions else ():
+        names = {"content": config.compose.content, "style": config.compose.style} if method == "klora" else {}
+        if method != config.compose.method and None not in names.values():
+            yield method, ComposeConfig.of({"method": method, **names}), jobs
 
 
 def _repeat(config: GenerateConfig, source: Path) -> Iterator[Record]:
@@ -152,6 +169,7 @@ def _repeat(config: GenerateConfig, source: Path) -> Iterator[Record]:
     changed = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if now[name] != then.get(name)]
     if changed:
         yield Note(f"the last bits may differ: {'; '.join(changed)}", "warning")
+    studio.set_composition(ComposeConfig.of(recipe.compose))
     image, again = studio.shoot(recipe.batch, recipe.stacks, recipe.sampling)[recipe.index]
     picture = save_numbered(image, config.output, free_numbers(config.output), again)
     yield Done([picture], str(picture.path))

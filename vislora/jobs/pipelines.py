@@ -12,6 +12,7 @@ from torch import nn
 from vislora import formats
 from vislora.errors import AdapterFileError, AdapterMismatchError, ConfigError, listed, nearest
 from vislora.formats.adapter_file import AdapterFile, AdapterModule
+from vislora.inject.composition import make_composition
 from vislora.inject.engines import choose_engine, require_engine
 from vislora.inject.engines import explain as explain_model
 from vislora.inject.injection import FileModule, find_misfits, inject_modules, release_room, reserve_room
@@ -19,7 +20,7 @@ from vislora.inject.injection import eject as eject_from
 from vislora.inject.progress import Loop
 from vislora.inject.stack import Stack, existing_stack, settle
 from vislora.inject.strength import Strength, per_image
-from vislora.inject.targets import index
+from vislora.inject.targets import index, is_compiled
 from vislora.models.base import components_of
 
 Given = float | Strength | Sequence[float | Strength | None]
@@ -133,6 +134,38 @@ def set_strengths(pipeline: Any, strengths: Mapping[str, Given], engine: str | N
         for model in components.values():
             choose_engine(model, engine)
     _follow(pipeline, components)
+
+
+def set_composition(pipeline: Any, method: str, **settings: Any) -> None:
+    """Choose how the loaded adapters act together in the denoiser of `pipeline`: see docs/composition.md.
+
+    `sum`: all at once. `switch` (every, shares), `composite` (shares), `klora` (content, style, alpha, beta). It stays
+    until another is set or the last adapter is ejected. Raises `ConfigError` for an unknown method, setting or adapter,
+    and for a compiled or reserved model; then nothing is changed.
+    """
+    made = make_composition(method, settings)
+    stacks = _stacks(pipeline)
+    if made is None and not stacks:
+        return
+    for name in composed_names(settings):
+        _require_loaded(stacks, name)
+    _, components = components_of(pipeline)
+    chosen = {name: stack for name, stack in stacks.items() if not name.startswith("te:")}
+    if not chosen:
+        raise ConfigError(f"composition '{method}' is of loaded adapters: load some on the denoiser first")
+    compiled = [name for name in chosen if made is not None and is_compiled(components[name])]
+    if compiled:
+        raise ConfigError(
+            f"composition '{method}' changes from step to step, which compiled models do not: {compiled[0]}"
+        )
+    for stack in chosen.values():
+        stack.set_composition(made)
+    _follow(pipeline, components)
+
+
+def composed_names(settings: Mapping[str, Any]) -> list[str]:
+    """Return the adapters that the settings of a composition name."""
+    return [*settings.get("shares", {}), *(settings[key] for key in ("content", "style") if key in settings)]
 
 
 def explain(pipeline: Any) -> list[str]:

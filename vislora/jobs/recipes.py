@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ class Recipe:
     """`batch` holds all shots of the batch that the image was made in and `index` its place: a batch of another size
     changes the last bits. `adapters`: rows of name, path, sha256 and `strength` (see `strengths.as_json`); where the
     images of the batch have stacks of their own, `batch` holds the strength on each. `engine`: merged or stacked.
+    `compose`: the composition's method and settings.
     """
 
     base: str
@@ -42,6 +43,7 @@ class Recipe:
     engine: str
     threads: int
     versions: dict[str, str]
+    compose: dict[str, Any] = field(default_factory=lambda: {"method": "sum"})
 
     @property
     def shot(self) -> Shot:

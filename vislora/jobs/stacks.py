@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vislora.config import toml
-from vislora.config.stack import StackConfig
+from vislora.config.stack import ComposeConfig, ComposedStackConfig
 from vislora.errors import ConfigError
 from vislora.inject.strength import Strength
-from vislora.jobs.pipelines import eject, load, loaded_strengths, set_strengths
+from vislora.jobs.pipelines import eject, load, loaded_strengths, set_composition, set_strengths
 from vislora.jobs.prompts import label_adapters
 from vislora.jobs.strengths import declared
 
@@ -22,32 +22,38 @@ class Stack:
     """Adapters and their strengths.
 
     strengths: name of an adapter -> its strength. paths: name -> its file or folder. Two files of one name have folders
-    in front of it.
+    in front of it. compose: how they act together.
     """
 
     strengths: Mapping[str, Strength]
     paths: Mapping[str, Path]
+    compose: ComposeConfig = field(default_factory=ComposeConfig)
 
     @staticmethod
     def read(path: str | Path) -> Stack:
         """Read a TOML file of `[[stack]]` tables. Raises `ConfigError` with every problem."""
-        return Stack.of_config(toml.load(path, StackConfig))
+        return Stack.of_config(toml.load(path, ComposedStackConfig))
 
     @staticmethod
-    def of(tables: Sequence[Mapping[str, Any]], adapters: Iterable[str | Path] = ()) -> Stack:
-        """Return the stack of these tables, with the keys of `[[stack]]`; `adapters`: folders to find names in.
+    def of(
+        tables: Sequence[Mapping[str, Any]],
+        adapters: Iterable[str | Path] = (),
+        compose: Mapping[str, Any] | None = None,
+    ) -> Stack:
+        """Return the stack of these tables, with the keys of `[[stack]]`.
 
+        adapters: folders to find names in. compose: with the keys of `[compose]`.
         Raises `ConfigError` with every problem.
         """
         folders = {"adapters": tuple(Path(folder) for folder in adapters)} if adapters else {}
-        return Stack.of_config(StackConfig.of({"stack": list(tables), **folders}))
+        return Stack.of_config(ComposedStackConfig.of({"stack": list(tables), "compose": compose or {}, **folders}))
 
     @staticmethod
-    def of_config(config: StackConfig) -> Stack:
+    def of_config(config: ComposedStackConfig) -> Stack:
         """Return the stack of checked settings. Raises `ConfigError`."""
         given = [(table.adapter, declared(table)) for table in config.stack]
         labels, paths = label_once([name for name, _ in given], config.adapters)
-        return Stack({labels[name]: strength for name, strength in given}, paths)
+        return Stack({labels[name]: strength for name, strength in given}, paths, config.compose)
 
     def apply(self, pipeline: Any, *, allow_partial: bool = False, allow_pickle: bool = False) -> None:
         """Make this the stack of `pipeline`: load what is missing, set the strengths, all other adapters to 0.
@@ -63,9 +69,12 @@ class Stack:
                 load(pipeline, self.paths[name], 0.0, name, allow_partial=allow_partial, allow_pickle=allow_pickle)
                 done.append(name)
             set_strengths(pipeline, {**dict.fromkeys(before, 0.0), **self.strengths})
+            if self.paths:
+                set_composition(pipeline, self.compose.method, **self.compose.settings)
         except BaseException:
             for name in done:
                 eject(pipeline, name)
+            set_strengths(pipeline, before)
             raise
 
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, groupby
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from vislora import formats
+from vislora.config.stack import ComposeConfig
 from vislora.files import reserving
 from vislora.inject.moment import varies
 from vislora.inject.strength import Strength
 from vislora.jobs.devices import DTYPES, pick_device, pick_precision
-from vislora.jobs.pipelines import attach, set_strengths
+from vislora.jobs.pipelines import attach, set_composition, set_strengths
 from vislora.jobs.recipes import OFF, Recipe, adapter_hash, adapter_rows, base_hash, save_png, threads, versions
 from vislora.models.base import EMBEDDED, Family, load_family
 from vislora.models.sampling import Sampling, Shot, make_images
@@ -61,6 +62,7 @@ class Studio:
     paths: dict[str, Path] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
     stack: dict[str, Sequence[Strength]] = field(default_factory=dict)
+    compose: ComposeConfig = field(default_factory=ComposeConfig)
 
     def load(self, name: str, path: Path, allow_partial: bool = False, allow_pickle: bool = False) -> Iterator[Note]:
         """Load an adapter at strength 0; yields what was odd in its file, and a note for every module without a fit."""
@@ -70,6 +72,12 @@ class Studio:
         self.paths[name], self.hashes[name] = path, adapter_hash(path)
         for line in misfits:
             yield Note(f"adapter '{name}': not applied: {line}", "warning")
+
+    def set_composition(self, compose: ComposeConfig) -> None:
+        """Choose how the loaded adapters act together. Raises `ConfigError`."""
+        if self.paths:
+            set_composition(self.family.pipeline, compose.method, **compose.settings)
+        self.compose = compose
 
     def set_stacks(self, stacks: Sequence[Mapping[str, Strength]]) -> str:
         """Give every loaded adapter its strength on each image of a batch (0 unless named); return the engine.
@@ -83,7 +91,8 @@ class Studio:
         if wanted != self.stack:
             set_strengths(self.family.pipeline, wanted, engine="auto")
             self.stack = wanted
-        is_merged = self.precision == "fp32" and not any(varies(found) for found in wanted.values())
+        changes = self.compose.method != "sum" or any(varies(found) for found in wanted.values())
+        is_merged = self.precision == "fp32" and not changes
         return "merged" if is_merged else "stacked"
 
     def shoot(
@@ -112,6 +121,7 @@ class Studio:
             engine=engine,
             threads=threads(),
             versions=versions(),
+            compose={"method": self.compose.method, **self.compose.settings},
         )
 
 
@@ -123,11 +133,18 @@ def open_studio(base: str, device: str, precision: str) -> Studio:
     return Studio(family, base, base_hash(Path(base) if base else EMBEDDED), kind, where)
 
 
-def batches(jobs: Sequence[Job], batch_size: int) -> Iterator[tuple[list[Shot], list[dict[str, Strength]]]]:
-    """Yield the shots and stacks of each batch, in order; neighbours share one whatever their stacks are."""
-    for start in range(0, len(jobs), batch_size):
-        batch = jobs[start : start + batch_size]
-        yield [job.shot for job in batch], [job.strengths for job in batch]
+def batches(
+    jobs: Sequence[Job], batch_size: int, compose: ComposeConfig
+) -> Iterator[tuple[list[Shot], list[dict[str, Strength]]]]:
+    """Yield the shots and stacks of each batch, in order.
+
+    Neighbours share one whatever their stacks are, but under a composition, where they must have the same stack.
+    """
+    alike = groupby(jobs, key=lambda job: None if compose.method == "sum" else job.strengths)
+    for group in (list(found) for _, found in alike):
+        for start in range(0, len(group), batch_size):
+            batch = group[start : start + batch_size]
+            yield [job.shot for job in batch], [job.strengths for job in batch]
 
 
 def make(
@@ -136,7 +153,7 @@ def make(
     """Make the images of `jobs` in order and write each as a PNG."""
     numbers = free_numbers(output)
     done = 0
-    for shots, stacks in batches(jobs, batch_size):
+    for shots, stacks in batches(jobs, batch_size, studio.compose):
         for image, recipe in studio.shoot(shots, stacks, how):
             yield save_numbered(image, output, numbers, recipe)
         done += len(shots)

@@ -1,0 +1,106 @@
+"""Make the pictures of the README and of docs/, with the embedded base and the sample adapters.
+
+    python train_scripts/make_pictures.py [--only NAME]
+
+sheet.png: base, two styles, both. composition.png: two styles, and a style on a character, under every composition.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+import vislora
+from vislora.errors import VisloraError
+from vislora.files import replacing
+from vislora.reports.sheet import contact_sheet
+
+ROOT = Path(__file__).resolve().parent.parent
+ADAPTERS = ROOT / "samples" / "adapters"
+OUT = ROOT / "docs" / "images"
+SUBJECTS = ("a fox", "an owl", "a rabbit face", "a sunflower", "a crown", "a guitar", "an automobile", "a soccer ball")
+FACES = ("angry face", "smiling face with sunglasses", "sleepy face", "drooling face")
+BLEND = 0.6
+
+
+def row(prompts: Sequence[str], strengths: Mapping[str, float], **settings: Any) -> list[Image.Image]:
+    """Make one picture per prompt; all rows begin from the same noise."""
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = vislora.generate(
+            prompt=tuple(prompts),
+            adapter=tuple(f"{name}:{strength}" for name, strength in strengths.items()),
+            adapters=(ADAPTERS,),
+            batch_size=len(prompts),
+            output=Path(folder),
+            **settings,
+        )
+        return [picture.image for picture in pictures]
+
+
+def sheet() -> Image.Image:
+    """Return the base, each style, and both at once."""
+    ways = {
+        "base": {},
+        "ink": {"ink": 1.0},
+        "outline": {"outline": 1.0},
+        "ink + outline": dict.fromkeys(("ink", "outline"), BLEND),
+    }
+    rows = []
+    for label, strengths in ways.items():
+        style = "outline" if label == "outline" else "ink"
+        rows.append(row([f"{subject}, {style} style" for subject in SUBJECTS], strengths))
+    return contact_sheet(rows, list(ways), SUBJECTS, cell=128)
+
+
+def composition() -> Image.Image:
+    """Return two pairs of adapters, each alone and under every composition."""
+    styles = [f"{subject}, ink style" for subject in SUBJECTS[:4]]
+    faces = [f"a blobby {face}, ink style" for face in FACES]
+    pairs = {"content": ("outline", styles), "character": ("blob", faces)}
+    rows: dict[str, list[Image.Image]] = {}
+    for first, prompts in pairs.values():
+        both = {first: 1.0, "ink": 1.0}
+        ways: dict[str, list[Image.Image]] = {
+            "first": row(prompts, {first: 1.0}),
+            "ink": row(prompts, {"ink": 1.0}),
+            "sum": row(prompts, both),
+            "sum of 0.6": row(prompts, dict.fromkeys(both, BLEND)),
+            "switch": row(prompts, both, compose={"method": "switch"}),
+            "composite": row(prompts, both, compose={"method": "composite"}),
+            "klora": row(prompts, both, compose={"method": "klora", "content": first, "style": "ink"}),
+        }
+        for label, images in ways.items():
+            rows.setdefault(label, []).extend(images)
+    labels = ["outline | blob" if label == "first" else label for label in rows]
+    columns = [*SUBJECTS[:4], *(f"a blobby {face.replace('smiling face with ', '')}" for face in FACES)]
+    return contact_sheet(list(rows.values()), labels, columns, cell=128)
+
+
+PICTURES: dict[str, Callable[[], Image.Image]] = {"sheet": sheet, "composition": composition}
+
+
+def main() -> int:
+    """Make the pictures that are asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", choices=tuple(PICTURES), help="make this one alone")
+    only = parser.parse_args().only
+    for name, make in PICTURES.items():
+        if only in (None, name):
+            picture = make().quantize(256)
+            with replacing(OUT / f"{name}.png") as temporary:
+                picture.save(temporary, format="PNG", optimize=True)
+            print(OUT / f"{name}.png", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except VisloraError as error:
+        sys.exit(f"error: {error}")
