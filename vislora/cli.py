@@ -53,6 +53,11 @@ JOBS = {
         "vislora.config.resize:ResizeConfig",
         "vislora.jobs.resize:run",
     ),
+    "library": Job(
+        "list the adapters in folders: family, rank, trigger words",
+        "vislora.config.library:LibraryConfig",
+        "vislora.jobs.library:run",
+    ),
     "inspect": Job(
         "say what is in an adapter file",
         "vislora.config.inspect:InspectConfig",

@@ -90,6 +90,15 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def content_hash(path: Path) -> str:
+    """Return the SHA-256 of a file, or of all files of a folder by name."""
+    if path.is_file():
+        return sha256(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    text = "\n".join(f"{file.relative_to(path)} {sha256(file)}" for file in files)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _created(mark: Path) -> bool:
     """Create an empty file; say whether it was not there. Only one of several processes at once gets a yes."""
     try:

@@ -32,6 +32,13 @@ def adapters_below(folder: Path) -> tuple[list[Path], list[Path]]:
     return adapters, [item for item in others if item.parent not in adapters]
 
 
+def named_adapters(folder: Path) -> list[Path]:
+    """Return the adapters below `folder` that can be called by name; checkpoints of training runs are not adapters."""
+    found, _ = adapters_below(folder)
+    safe = [path for path in found if path.is_dir() or path.suffix == ".safetensors"]
+    return [path for path in safe if "checkpoints" not in path.parts]
+
+
 def destinations(adapters: Iterable[Path], source: Path, destination: Path, container: str) -> dict[Path, Path]:
     """Return where each adapter of the folder `source` goes: its own name below `destination`."""
     return {item: destination / _renamed(item, item.relative_to(source), container) for item in adapters}

@@ -12,11 +12,11 @@ from PIL import Image
 from vislora.config.generate import GenerateConfig
 from vislora.config.stack import ComposeConfig
 from vislora.errors import AdapterFileError, ConfigError, ModelError
-from vislora.files import replacing, reserving
+from vislora.files import content_hash, replacing, reserving
 from vislora.inject.strength import Strength
 from vislora.jobs.pipelines import explain
 from vislora.jobs.prompts import Prompt, find_adapter, label_adapters, parse_adapter, parse_prompt, read_prompts
-from vislora.jobs.recipes import adapter_hash, read_recipe, threads, versions
+from vislora.jobs.recipes import read_recipe, threads, versions
 from vislora.jobs.stacks import label_once
 from vislora.jobs.strengths import declared
 from vislora.jobs.studio import Job, Picture, Studio, batches, free_numbers, make, open_studio, save_numbered
@@ -161,7 +161,7 @@ def _repeat(config: GenerateConfig, source: Path) -> Iterator[Record]:
         raise ModelError(f"like: the base '{recipe.base or 'embedded'}' is not the one that {source} was made with")
     for row in recipe.adapters:
         path = find_adapter(row["path"], config.adapters)
-        if adapter_hash(path) != row["sha256"]:
+        if content_hash(path) != row["sha256"]:
             raise AdapterFileError(f"like: {path} has changed since {source} was made")
         yield from studio.load(row["name"], path, config.allow_partial, config.allow_pickle)
     now = {**versions(), "device": str(studio.device), "threads": str(threads())}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vislora.errors import ConfigError, listed, nearest
 from vislora.inject.strength import Strength, strength_in_range
+from vislora.jobs.folders import named_adapters
 from vislora.jobs.strengths import parse_parts
 
 _TAG = re.compile(r"<lora:([^:<>]+)((?::[^:<>]*)*)>")
@@ -75,7 +76,7 @@ def find_adapter(name: str, folders: Iterable[Path]) -> Path:
     given = Path(name).expanduser()
     if given.exists():
         return given
-    found = [path for folder in folders for path in _adapters_in(folder)]
+    found = [path for folder in folders for path in named_adapters(folder)]
     fitting = sorted({path.resolve() for path in found if name in (path.stem, path.name)})
     if len(fitting) > 1:
         raise ConfigError(listed(f"adapter '{name}' could be any of these; give the path:", map(str, fitting)))
@@ -112,13 +113,6 @@ def _label(path: Path, files: Iterable[Path]) -> str:
 
 def _parts(path: Path) -> tuple[str, ...]:
     return (*path.parts[1:-1], path.name.removesuffix(_SUFFIX))
-
-
-def _adapters_in(folder: Path) -> list[Path]:
-    """Return the adapter files and PEFT folders under `folder`; checkpoints of training runs are not adapters."""
-    files = [path for path in folder.rglob(f"*{_SUFFIX}") if path.name != f"adapter_model{_SUFFIX}"]
-    directories = [path.parent for path in folder.rglob("adapter_config.json")]
-    return sorted(path for path in [*files, *directories] if "checkpoints" not in path.parts)
 
 
 def _strength(name: str, number: str, raw: str) -> float:

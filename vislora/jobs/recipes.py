@@ -15,7 +15,7 @@ import torch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from vislora.errors import ConfigError
-from vislora.files import replacing, sha256
+from vislora.files import replacing
 from vislora.inject.strength import Strength
 from vislora.jobs.strengths import as_json, from_json, tag
 from vislora.models.sampling import Sampling, Shot
@@ -97,15 +97,6 @@ def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
     packages = ("vislora", "torch", "diffusers", "transformers")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
-def adapter_hash(path: Path) -> str:
-    """Return the SHA-256 of an adapter file, or of all files of a PEFT folder by name."""
-    if path.is_file():
-        return sha256(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    text = "\n".join(f"{file.relative_to(path)} {sha256(file)}" for file in files)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def base_hash(path: Path) -> str:

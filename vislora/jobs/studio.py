@@ -13,12 +13,12 @@ from PIL import Image
 
 from vislora import formats
 from vislora.config.stack import ComposeConfig
-from vislora.files import reserving
+from vislora.files import content_hash, reserving
 from vislora.inject.moment import varies
 from vislora.inject.strength import Strength
 from vislora.jobs.devices import DTYPES, pick_device, pick_precision
 from vislora.jobs.pipelines import attach, set_composition, set_strengths
-from vislora.jobs.recipes import OFF, Recipe, adapter_hash, adapter_rows, base_hash, save_png, threads, versions
+from vislora.jobs.recipes import OFF, Recipe, adapter_rows, base_hash, save_png, threads, versions
 from vislora.models.base import EMBEDDED, Family, load_family
 from vislora.models.sampling import Sampling, Shot, make_images
 from vislora.records import Note, Progress
@@ -69,7 +69,7 @@ class Studio:
         adapter_file = formats.load(path, allow_pickle)
         yield from (Note(f"adapter '{name}': {line}") for line in adapter_file.notes)
         misfits = attach(self.family.pipeline, adapter_file, name, 0.0, allow_partial)
-        self.paths[name], self.hashes[name] = path, adapter_hash(path)
+        self.paths[name], self.hashes[name] = path, content_hash(path)
         for line in misfits:
             yield Note(f"adapter '{name}': not applied: {line}", "warning")
 
