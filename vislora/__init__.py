@@ -25,6 +25,7 @@ _PUBLIC = {
     "convert": "vislora.jobs.convert:convert",
     "merge": "vislora.jobs.merge:merge_adapters",
     "resize": "vislora.jobs.resize:resize_adapter",
+    "extract": "vislora.jobs.extract:extract",
     "Library": "vislora.jobs.residents:Library",
     "inspect": "vislora.jobs.inspect:inspect",
 }

@@ -53,6 +53,11 @@ JOBS = {
         "vislora.config.resize:ResizeConfig",
         "vislora.jobs.resize:run",
     ),
+    "extract": Job(
+        "make an adapter of a fine-tuned model minus its base",
+        "vislora.config.extract:ExtractConfig",
+        "vislora.jobs.extract:run",
+    ),
     "library": Job(
         "list the adapters in folders: family, rank, trigger words",
         "vislora.config.library:LibraryConfig",

@@ -91,7 +91,7 @@ def to_lora(adapter: AdapterFile, limits: Limits = EVERYTHING) -> tuple[AdapterF
         else:
             made = module
             told += [Kept(module.name, reason)] if reason else []
-        modules += _parts(made, family) if made.uncut else [made]
+        modules += parts_of_whole(made, family) if made.uncut else [made]
     metadata = (
         metadata_of_lora(adapter.metadata, modules) if any(isinstance(item, Conversion) for item in told) else None
     )
@@ -195,7 +195,7 @@ def with_kernel(tensors: dict[str, Tensor], columns: int, kernel: tuple[int, ...
     return {"down": down.reshape(shape), "up": up.reshape(*up.shape, *[1] * len(kernel))}
 
 
-def _parts(module: AdapterModule, family: str | None) -> Iterator[AdapterModule]:
+def parts_of_whole(module: AdapterModule, family: str | None) -> Iterator[AdapterModule]:
     """Yield the parts of a fused layer that was whole, now that its change is of a kind that can be cut."""
     names = FAMILY_NAMES.get(family or "")
     table = names.tables.get(module.component) if names else None

@@ -20,6 +20,8 @@ class MergeConfig(StackConfig):
     """Adapters with their strengths: `ink.safetensors:0.8 outline.safetensors:-0.5`; files, PEFT folders or names."""
     output: Annotated[Path, Short("-o")]
     """Where to write the merged adapter: a .safetensors file, or a folder for `peft`."""
+    base: Path | None = None
+    """Merge into this base instead: a diffusers folder or a .safetensors checkpoint; `output` is then such a one."""
     to: Annotated[str, OneOf("vislora.registry:FORMATS")] = ""
     """Format to write. Default: that of the first adapter, or kohya."""
     method: Literal["sum", "orthogonal", "magnitude", "ties", "dare"] = "sum"
@@ -47,6 +49,10 @@ class MergeConfig(StackConfig):
     def _has_adapters(self) -> Self:
         if not (self.adapter or self.stack):
             raise ValueError("required, but not given: an adapter to merge, or a table in stack")
+        if self.base is not None:
+            sized = [name for name in ("method", "rank", "energy", "precision", "to") if name in self.model_fields_set]
+            if sized:
+                raise ValueError(f"{sized[0]}: into a base goes the sum, whole, in the base's own precision")
         acting = [table.adapter for table in self.stack if table.steps is not None or table.region is not None]
         if acting:
             raise ValueError(f"stack: '{acting[0]}' has steps or a region, which no adapter file can have")

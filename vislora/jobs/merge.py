@@ -18,6 +18,7 @@ from vislora.files import write_text
 from vislora.formats.adapter_file import AdapterFile, AdapterModule
 from vislora.inject.strength import Strength
 from vislora.jobs.devices import DTYPES
+from vislora.jobs.merge_base import merge_into
 from vislora.jobs.prompts import parse_adapter
 from vislora.jobs.proof import check_destination, save_proven
 from vislora.jobs.stacks import label_once
@@ -55,14 +56,15 @@ class MergeReport:
         return {"destination": str(self.destination), **fields, "modules": rows}
 
 
-def merge_adapters(adapter: Sequence[str | Path], output: str | Path, **settings: Any) -> MergeReport:
+def merge_adapters(adapter: Sequence[str | Path], output: str | Path, **settings: Any) -> Any:
     """Merge adapters, such as `("ink.safetensors:0.8", "outline.safetensors:0.5")`; `settings` are `MergeConfig`'s.
+
+    Returns a `MergeReport`; with `base`, what was merged where.
 
     Raises a `VisloraError` for what cannot be merged or written; then nothing is written.
     """
     values = {"adapter": tuple(map(str, adapter)), "output": Path(output), **settings}
-    report: MergeReport = result(run(MergeConfig.of(values)))
-    return report
+    return result(run(MergeConfig.of(values)))
 
 
 def run(config: MergeConfig) -> Iterator[Record]:
@@ -78,9 +80,16 @@ def run(config: MergeConfig) -> Iterator[Record]:
         files[name] = formats.load(path, config.allow_pickle)
         yield from (Note(f"adapter '{name}': {line}") for line in files[name].notes)
     _require_known(strengths, files)
-    to = config.to or format_of(next(iter(files.values())))
-    check_destination(config.output, to, config.overwrite)
     parts = [Part(name, files[name], _weight(strengths[name])) for name in sorted(files)]
+    if config.base is None:
+        yield from _into_adapter(config, parts, strengths)
+    else:
+        yield from _into_base(config, config.base, parts, paths)
+
+
+def _into_adapter(config: MergeConfig, parts: list[Part], strengths: dict[str, Strength]) -> Iterator[Record]:
+    to = config.to or format_of(parts[0].adapter)
+    check_destination(config.output, to, config.overwrite)
     dtype = DTYPES[config.precision] if config.precision else None
     how = How(config.method, config.density, config.seed, Limits(config.rank, config.energy), dtype)
     merged, told = merge(parts, how)
@@ -91,6 +100,26 @@ def run(config: MergeConfig) -> Iterator[Record]:
     if config.report is not None:
         write_text(config.report, json.dumps(report.as_json(), indent=2) + "\n")
     yield Done(report, report.verdict)
+
+
+def _into_base(config: MergeConfig, base: Path, parts: list[Part], paths: dict[str, Path]) -> Iterator[Record]:
+    output = config.output
+    if output.exists() and not config.overwrite:
+        raise ConfigError(f"output: {output} exists; choose another, or set overwrite")
+    if output.resolve() == base.resolve() or base.resolve() in output.resolve().parents:
+        raise ConfigError(f"output: {output} is, or is in, the base itself; name another place")
+    if base.is_file() and output.suffix != ".safetensors":
+        raise ConfigError(f"output: {base} is one file, so {output} has to be named *.safetensors")
+    report: dict[str, Any] = {"base": str(base), "destination": str(output)}
+    for item in merge_into(base, parts, paths, output):
+        if isinstance(item, dict):
+            report |= item
+        else:
+            yield item
+    if config.report is not None:
+        write_text(config.report, json.dumps(report, indent=2) + "\n")
+    names = ", ".join(part.name for part in parts)
+    yield Done(report, f"merged {names} into {report['tensors']} tensors of {base}: {output}")
 
 
 def format_of(adapter: AdapterFile) -> str:
