@@ -102,16 +102,19 @@ def _of_folder(path: Path) -> Iterator[tuple[Layer, list[Stored]]]:
         raise ModelError(f"base {path} has no model_index.json: give the folder of a diffusers pipeline")
     merged: dict[Layer, list[Stored]] = {}
     for folder in sorted(item for item in path.iterdir() if item.is_dir() and item.name in FOLDERS):
-        files = sorted(folder.glob("*.safetensors"))
-        if not files and (list(folder.glob("*.bin")) or list(folder.glob("*.pt"))):
-            raise ModelError(f"{folder} has pickles and no .safetensors file: save the base with safe_serialization")
-        for file in files:
+        for file in _weights(folder):
             for key, info in read_header(file).tensors.items():
                 name, _, slot = key.rpartition(".")
-                if slot in SLOTS:
-                    layer = _component(folder.name, name), canonical(name), slot
-                    merged.setdefault(layer, []).append(Stored(file, key, info))
-    yield from merged.items()
+                layer = _component(folder.name, name), canonical(name), slot
+                merged.setdefault(layer, []).append(Stored(file, key, info))
+    yield from ((layer, places) for layer, places in merged.items() if layer[2] in SLOTS)
+
+
+def _weights(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and (list(folder.glob("*.bin")) or list(folder.glob("*.pt"))):
+        raise ModelError(f"{folder} has pickles and no .safetensors file: save the base with safe_serialization")
+    return files
 
 
 def _component(folder: str, name: str) -> str:
