@@ -70,26 +70,16 @@ def run(config: ExtractConfig) -> Iterator[Record]:
     check_destination(config.output, config.to, config.overwrite)
     tuned, base = open_checkpoint(config.tuned), open_checkpoint(config.base)
     pairs = _paired(tuned, base, _components(config, tuned))
-    limits, dtype = Limits(config.rank, config.energy, config.ratio), DTYPES[config.precision]
-    modules: list[AdapterModule] = []
-    layers: list[Extracted] = []
-    left: list[str] = []
+    made = _Made([], [], [])
     with ExitStack() as stack:
         readers = {file: mapped(file, stack) for file in {place.file for pair in pairs.values() for place in pair}}
         for done, (layer, pair) in enumerate(pairs.items(), 1):
             change, relative = _change(*(_read(readers, place) for place in pair))
             if relative > config.least:
-                component, name, slot = layer
-                if slot == "weight" and change.dim() > 1 and not _is_embedding(name):
-                    module, told = extract_layer(component, name, change, limits, dtype)
-                    modules += _at_paths(module, tuned)
-                    layers.append(told)
-                elif config.exact and not _is_embedding(name):
-                    modules += _at_paths(whole_layer(component, name, slot, change, dtype), tuned)
-                else:
-                    left.append(f"{component}: {name}.{slot}")
+                _take(made, layer, change, config, tuned)
             if done % 20 == 0 or done == len(pairs):
                 yield Progress("extracting", done, len(pairs))
+    modules, layers, left = made.modules, made.layers, made.left
     if not layers:
         raise ConfigError(f"{config.tuned} and {config.base} differ in no layer: there is nothing to extract")
     adapter = AdapterFile(modules=_joined(modules), family=tuned.family, metadata=_metadata(config))
@@ -102,6 +92,29 @@ def run(config: ExtractConfig) -> Iterator[Record]:
     if config.report is not None:
         write_text(config.report, json.dumps(report.as_json(), indent=2) + "\n")
     yield Done(report, report.verdict)
+
+
+@dataclass
+class _Made:
+    """What was made so far. left: changed tensors that the adapter does not have."""
+
+    modules: list[AdapterModule]
+    layers: list[Extracted]
+    left: list[str]
+
+
+def _take(made: _Made, layer: Layer, change: Tensor, config: ExtractConfig, tuned: Checkpoint) -> None:
+    """Put the change of one tensor into the adapter, or name it among what is left out."""
+    component, name, slot = layer
+    limits, dtype = Limits(config.rank, config.energy, config.ratio), DTYPES[config.precision]
+    if slot == "weight" and change.dim() > 1 and not _is_embedding(name):
+        module, told = extract_layer(component, name, change, limits, dtype)
+        made.modules += _at_paths(module, tuned)
+        made.layers.append(told)
+    elif config.exact and not _is_embedding(name):
+        made.modules += _at_paths(whole_layer(component, name, slot, change, dtype), tuned)
+    else:
+        made.left.append(f"{component}: {name}.{slot}")
 
 
 def _components(config: ExtractConfig, tuned: Checkpoint) -> list[str]:

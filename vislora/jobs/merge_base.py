@@ -85,21 +85,26 @@ def placed(checkpoint: Checkpoint, parts: Sequence[Part]) -> Changes:
     """Return what changes each stored tensor. Raises `AdapterMismatchError` with all that has no place."""
     changes: Changes = {}
     lost: list[str] = []
-    for part in sorted(parts, key=lambda part: part.name):
-        _require_family(checkpoint, part)
-        for weight, modules in _by_weight(part).items():
-            for module in _named_as_stored(checkpoint, replace(part.adapter, modules=modules)):
-                for slot in _slots(module):
-                    places = checkpoint.layers.get((module.component, module.path or "", slot), [])
-                    problem = "is not in the base" if not places else _misfit(module, slot, places[0])
-                    lost += [f"{part.name}: {module.name}.{slot} {problem}"] if problem else []
-                    for place in places if not problem else ():
-                        changes.setdefault(place, []).append(Change(part.name, module, weight, slot))
+    for change in (change for part in sorted(parts, key=lambda part: part.name) for change in _of(checkpoint, part)):
+        module = change.module
+        places = checkpoint.layers.get((module.component, module.path or "", change.slot), [])
+        problem = _misfit(module, change.slot, places[0]) if places else "is not in the base"
+        lost += [f"{change.adapter}: {module.name}.{change.slot} {problem}"] if problem else []
+        for place in places:
+            changes.setdefault(place, []).append(change)
     if lost:
         raise AdapterMismatchError(listed(f"{len(lost)} of the changes have no place in {checkpoint.path}:", lost, 5))
     if not changes:
         raise ConfigError("nothing to merge: every strength is 0")
     return changes
+
+
+def _of(checkpoint: Checkpoint, part: Part) -> Iterator[Change]:
+    """Yield all that an adapter changes."""
+    _require_family(checkpoint, part)
+    for weight, modules in _by_weight(part).items():
+        for module in _named_as_stored(checkpoint, replace(part.adapter, modules=modules)):
+            yield from (Change(part.name, module, weight, slot) for slot in _slots(module))
 
 
 def _require_family(checkpoint: Checkpoint, part: Part) -> None:
