@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -175,14 +176,18 @@ def _write(checkpoint: Checkpoint, changes: Changes, temporary: Path) -> Iterato
             for places in keys.values():
                 info = places[0].info
                 made = merged(read(info), {place.rows: changes[place] for place in places})
-                data = made.contiguous().view(torch.uint8).numpy().tobytes()
-                copy.seek(info.start)
-                copy.write(data)
-                copy.seek(info.start)
-                if copy.read(len(data)) != data:
-                    raise ModelError(f"{target.name}: '{places[0].key}' does not read back as it was written")
+                _put(copy, info.start, made, places[0].key)
                 done += 1
                 yield Progress(f"merging into {checkpoint.path.name}", done, total)
+
+
+def _put(file: BinaryIO, start: int, tensor: Tensor, key: str) -> None:
+    data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    file.seek(start)
+    file.write(data)
+    file.seek(start)
+    if file.read(len(data)) != data:
+        raise ModelError(f"'{key}' does not read back as it was written: is the disk failing?")
 
 
 def merged(weight: Tensor, changes: Mapping[tuple[int, int] | None, Sequence[Change]]) -> Tensor:
