@@ -120,24 +120,25 @@ def vae(seed: int = 0, latent_channels: int = 4, halvings: int = 1, **changes: A
     return seeded(build, seed).eval()
 
 
-def unet(seed: int = 0, use_linear_projection: bool = False) -> Any:
+def unet(seed: int = 0, use_linear_projection: bool = False, **changes: Any) -> Any:
     """Return a `UNet2DConditionModel`: latents (batch, 4, 8, 8), text (batch, tokens, 16)."""
     from diffusers import UNet2DConditionModel
 
     def build() -> Any:
-        return UNet2DConditionModel(
-            sample_size=8,
-            in_channels=4,
-            out_channels=4,
-            layers_per_block=1,
-            block_out_channels=(16, 32),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=16,
-            attention_head_dim=2,
-            norm_num_groups=8,
-            use_linear_projection=use_linear_projection,
-        )
+        settings = {
+            "sample_size": 8,
+            "in_channels": 4,
+            "out_channels": 4,
+            "layers_per_block": 1,
+            "block_out_channels": (16, 32),
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "cross_attention_dim": 16,
+            "attention_head_dim": 2,
+            "norm_num_groups": 8,
+            "use_linear_projection": use_linear_projection,
+        }
+        return UNet2DConditionModel(**{**settings, **changes})
 
     return seeded(build, seed).eval()
 
@@ -265,6 +266,42 @@ def sd_pipeline(seed: int = 0) -> Any:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sdxl_unet(seed: int = 0, encoders: int = 2, sizes: int = 6) -> Any:
+    """Return a UNet that is told `sizes` numbers of 8 features each and a pooled text of 16, as those of SDXL are."""
+    return unet(
+        seed,
+        use_linear_projection=True,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        cross_attention_dim=16 * encoders,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=16 + 8 * sizes,
+    )
+
+
+def sdxl_pipeline(seed: int = 0, refiner: bool = False) -> Any:
+    """Return a whole `StableDiffusionXLPipeline`, or the Img2Img one of the refiner: images of 16 x 16 pixels."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+
+    parts = {
+        "vae": vae(seed, scaling_factor=0.13025),
+        "text_encoder": None if refiner else clip_text(seed),
+        "tokenizer": None if refiner else clip_tokenizer(),
+        "text_encoder_2": clip_text_projected(seed + 1),
+        "tokenizer_2": clip_tokenizer(),
+        "unet": sdxl_unet(seed, 1, 5) if refiner else sdxl_unet(seed),
+        "scheduler": EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+    }
+    if refiner:
+        pipeline = StableDiffusionXLImg2ImgPipeline(**parts, requires_aesthetics_score=True, add_watermarker=False)
+    else:
+        pipeline = StableDiffusionXLPipeline(**parts, add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -407,6 +444,8 @@ def auraflow_pipeline(seed: int = 0) -> Any:
 
 PIPELINES: dict[str, Callable[[], Any]] = {
     "sd": sd_pipeline,
+    "sdxl": sdxl_pipeline,
+    "sdxl-refiner": lambda: sdxl_pipeline(refiner=True),
     "sd3": sd3_pipeline,
     "flux": flux_pipeline,
     "pixart": pixart_pipeline,
@@ -415,7 +454,15 @@ PIPELINES: dict[str, Callable[[], Any]] = {
 }
 
 
+def sd_v_pipeline(seed: int = 0) -> Any:
+    """Return a `StableDiffusionPipeline` that predicts v, as Stable Diffusion 2.x at 768 pixels does."""
+    pipeline = sd_pipeline(seed)
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, prediction_type="v_prediction")
+    return pipeline
+
+
 VARIANTS: dict[str, Callable[[], Any]] = {
+    "sd-v": sd_v_pipeline,
     "flux-schnell": lambda: flux_pipeline(guidance_embeds=False),
     "pixart-alpha": lambda: pixart_pipeline(kind="PixArtAlphaPipeline", sizes=True),
     "flux-kontext": lambda: flux_pipeline(kind="FluxKontextPipeline"),

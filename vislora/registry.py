@@ -112,6 +112,9 @@ FAMILIES = Registry(
     "family",
     {
         "sd": "vislora.models.sd:StableDiffusion",
+        # before "sdxl", whose pipelines have the refiner's parts too, and two
+        "sdxl-refiner": "vislora.models.sdxl:StableDiffusionXLRefiner",
+        "sdxl": "vislora.models.sdxl:StableDiffusionXL",
         "sd3": "vislora.models.sd3:StableDiffusion3",
         "flux": "vislora.models.flux:Flux",
         "pixart": "vislora.models.pixart:PixArt",

@@ -22,7 +22,7 @@ def latents(pipeline):
         return pipeline("a red cat", generator=draw, **how).images
 
 
-@pytest.mark.parametrize("family", ["flux", "lumina2", "auraflow"])
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux", "lumina2", "auraflow"])
 def test_diffusers_loads_it_and_makes_our_image(family, tmp_path):
     value, _ = trained(tmp_path, family, format="diffusers", data__resolution=16, optimizer__learning_rate=0.05)
     ours, theirs = tiny.PIPELINES[family](), tiny.PIPELINES[family]()

@@ -31,7 +31,7 @@ class Card:
 
     `attributes`: component of an adapter -> attribute of the pipeline. `guidance`: the argument that takes the guidance
     scale. `negative_prompt`: whether one is read. `prompt_tokens`: how many the pipeline reads at most.
-    `always`: arguments that every call gets.
+    `always`: arguments that every call gets. `from_text`: whether it makes images from a prompt alone.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Card:
     negative_prompt: bool = True
     prompt_tokens: int = 256
     always: Mapping[str, Any] = field(default_factory=dict)
+    from_text: bool = True
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,11 @@ class Family(Protocol):
         ...
 
     def predict(self, noisy: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-        """Run the denoiser on `noisy` (batch, channels, height, width) at `t` (batch,)."""
+        """Run the denoiser on `noisy` (batch, channels, height, width) at `t` (batch,).
+
+        `conditioning`: what `encode_prompt` returned, and in training `sizes` (batch, 6): height and width of the
+        original image, top and left of the crop, height and width of what is left; most families have no use for them.
+        """
         ...
 
 
@@ -248,8 +253,14 @@ def quiet() -> Iterator[None]:
 
 
 def _is_family(card: Card, pipeline: Any, denoiser: Any) -> bool:
-    """A family is its denoiser's class and exactly its text encoders: SDXL has a UNet too, but two of them."""
+    """A family is its denoiser's class and exactly its text encoders: SDXL has a UNet too, but two of them.
+
+    Text encoders that are left out count where the others alone are another family, as those of SDXL's refiner are.
+    """
     expected = {attribute for component, attribute in card.attributes.items() if component != "denoiser"}
-    present = {name for name in getattr(pipeline, "components", {}) if name.startswith("text_encoder")}
+    parts = {
+        name: part for name, part in getattr(pipeline, "components", {}).items() if name.startswith("text_encoder")
+    }
     plain = getattr(denoiser, "_orig_mod", denoiser)  # torch.compile wraps it
-    return type(plain).__name__ == card.denoiser and present == expected
+    there = {name for name, part in parts.items() if part is not None}
+    return type(plain).__name__ == card.denoiser and expected in (set(parts), there)

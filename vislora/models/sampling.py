@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vislora.errors import ConfigError
 from vislora.models.base import Family, quiet
 from vislora.models.parts import image_step
 from vislora.models.schedulers import scheduler_for
@@ -36,11 +37,19 @@ class Sampling:
 
 
 def make_images(family: Family, shots: Sequence[Shot], how: Sampling, batch_size: int = 1) -> Iterator[list[Any]]:
-    """Yield the PIL images of each batch of `shots` in order. The family's own scheduler is put back afterwards."""
+    """Yield the PIL images of each batch of `shots` in order. The family's own scheduler is put back afterwards.
+
+    Raises `ConfigError` for a base that makes no images from prompts alone.
+    """
+    if not family.card.from_text:
+        raise ConfigError(
+            f"a base of family '{family.card.name}' refines images and makes none from a prompt: train on it, and use "
+            "the adapter in its own pipeline; images come from the base that it refines"
+        )
     for start in range(0, len(shots), batch_size):
         batch = shots[start : start + batch_size]
         asked: dict[str, Any] = {**family.card.always, family.card.guidance: how.guidance_scale}
-        if family.card.negative_prompt:
+        if family.card.negative_prompt and any(shot.negative_prompt for shot in batch):
             asked["negative_prompt"] = [shot.negative_prompt for shot in batch]
         with quiet(), torch.inference_mode(), _scheduler(family, how.scheduler):
             made = family.pipeline(

@@ -62,12 +62,13 @@ def _tags(pipeline: Any, resolution: int) -> dict[str, str]:
     v_prediction = pipeline.scheduler.config.get("prediction_type") == "v_prediction"
     prediction = "v" if v_prediction else "epsilon"
     if pipeline.unet.config.cross_attention_dim != 1024:
-        return _spec("sd_v1", "False", "stable-diffusion-v1", prediction)
+        return spec("sd_v1", "False", "stable-diffusion-v1", prediction)
     size = f"{resolution}-v" if v_prediction else str(resolution)
-    return _spec(f"sd_v2{'_v' if v_prediction else ''}", "True", f"stable-diffusion-v2-{size}", prediction)
+    return spec(f"sd_v2{'_v' if v_prediction else ''}", "True", f"stable-diffusion-v2-{size}", prediction)
 
 
-def _spec(version: str, is_v2: str, architecture: str, prediction: str) -> dict[str, str]:
+def spec(version: str, is_v2: str, architecture: str, prediction: str) -> dict[str, str]:
+    """Return metadata keys of sd-scripts and ModelSpec."""
     return {
         "ss_base_model_version": version,
         "ss_v2": is_v2,

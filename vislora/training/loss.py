@@ -34,7 +34,7 @@ class DenoisingLoss(nn.Module):
         self._options = options
 
     def forward(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
-        """Return the loss of `batch`: `latents` (batch, channels, height, width) and `text` features, or `captions`.
+        """Return the loss of `batch`, as `data.dataset.collate` makes it: `latents`, `text` or `captions`, and sizes.
 
         Every random draw comes from `generator` (on the CPU), so a step is the same wherever it runs.
         """
@@ -45,6 +45,8 @@ class DenoisingLoss(nn.Module):
         t = family.objective.sample_t(latents.shape, generator).to(device)
         text = batch["text"]
         conditioning = family.encode_prompt(batch["captions"]) if text is None else _to(text, device)
+        if "original_size" in batch:
+            conditioning["sizes"] = sizes_of(batch).to(device)
         noisy = family.objective.add_noise(latents, noise, t)
         predicted = family.predict(noisy, t, conditioning).float()
         target = family.objective.target(latents, noise, t)
@@ -57,6 +59,11 @@ class DenoisingLoss(nn.Module):
             shape = (*latents.shape[:2], *[1] * (latents.dim() - 2))
             noise = noise + self._options.noise_offset * torch.randn(shape, generator=generator)
         return noise.to(latents.device)
+
+
+def sizes_of(batch: Mapping[str, Any]) -> Tensor:
+    """Return height and width of the originals, top and left of the crops, height and width of these: (batch, 6)."""
+    return torch.cat([batch[name] for name in ("original_size", "crop_top_left", "target_size")], 1)
 
 
 def _to(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Families with a transformer, on tiny models of the real classes: gradients, checkpointing, learning."""
+"""Families on tiny models of the real classes: losses and gradients by the formulas, checkpointing, learning."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from vislora.training.loss import DenoisingLoss, LossOptions
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
-NAMES = ["flux", "pixart", "lumina2", "auraflow"]
+NAMES = ["sd", "sd-v", "sdxl", "sdxl-refiner", "sd3", "flux", "pixart", "lumina2", "auraflow"]
+BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085**0.5, 0.012**0.5)}
+SIZES = {"original_size": [[40, 30], [16, 16]], "crop_top_left": [[3, 0], [0, 0]], "target_size": [[16, 16], [16, 16]]}
 PROMPTS = ["a red cat", "the house"]
 
 
@@ -37,6 +39,7 @@ def trainee(request):
         {
             "latents": latents,
             "text": text,
+            **{name: torch.tensor(values) for name, values in SIZES.items()},
         },
     )
     eject(denoiser, "t")
@@ -60,9 +63,14 @@ def reference(family, batch):
         noisy, target, t = (1 - sigma) * x + sigma * noise, noise - x, 1000 * sigma.flatten()
     else:
         t = torch.randint(1000, (2,), generator=draw)
-        abar = torch.linspace(1e-4, 0.02, 1000).neg().add(1).cumprod(0)[t].view(2, 1, 1, 1)
+        kind = family.pipeline.scheduler.config.beta_schedule
+        betas = torch.linspace(*BETAS[kind], 1000, dtype=torch.float64) ** (2 if kind == "scaled_linear" else 1)
+        abar = (1 - betas).cumprod(0).float()[t].view(2, 1, 1, 1)
         noisy, target = abar.sqrt() * x + (1 - abar).sqrt() * noise, noise
-    return mse_loss(family.predict(noisy, t, batch["text"]), target)
+        if family.objective.prediction == "v":
+            target = abar.sqrt() * noise - (1 - abar).sqrt() * x
+    sizes = torch.cat([torch.tensor(values) for values in SIZES.values()], 1)
+    return mse_loss(family.predict(noisy, t, {**batch["text"], "sizes": sizes}), target)
 
 
 def test_loss_and_gradients_are_those_of_the_formulas(trainee):
@@ -88,6 +96,25 @@ def test_gradient_checkpointing_changes_no_gradient(trainee):
     denoiser.eval()
     for one, other in zip(plain, again, strict=True):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(("name", "told"), [("sdxl", [0, 1, 2, 3, 4, 5]), ("sdxl-refiner", [0, 1, 2, 3])])
+def test_sdxl_is_told_the_sizes_of_each_image(name, told):
+    family = load_family(tiny.saved(name), torch.float32, CPU)
+    seen = {}
+    denoiser = family.components["denoiser"]
+    hook = denoiser.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    with torch.no_grad():
+        text = family.encode_prompt(PROMPTS)
+        sizes = torch.cat([torch.tensor(values) for values in SIZES.values()], 1)
+        one = family.predict(torch.zeros(2, 4, 8, 8), torch.tensor([5, 5]), {**text, "sizes": sizes})
+        ids = seen["added_cond_kwargs"]["time_ids"]
+        other = family.predict(torch.zeros(2, 4, 8, 8), torch.tensor([5, 5]), text)
+    hook.remove()
+    assert torch.equal(ids[:, : len(told)], sizes[:, told].float())
+    assert name == "sdxl" or ids[:, 4].tolist() == [6.0, 6.0]
+    assert not torch.equal(one[0], other[0])
+    assert torch.equal(seen["added_cond_kwargs"]["time_ids"][0, :4], torch.tensor([16.0, 16.0, 0.0, 0.0]))
 
 
 def test_an_image_is_learnt(trainee):
