@@ -1,5 +1,7 @@
 """Make the sample image folders `ink`, `outline` and `blob` from pinned packages of named icons.
 
+Beside each lies `left-out/<name>`: what its artist drew of subjects that are in no folder, to judge adapters by.
+
     python train_scripts/make_samples.py --out samples            # make them (again)
     python train_scripts/make_samples.py --out samples --check    # do they match? exit 1 if not
 
@@ -21,7 +23,7 @@ import sys
 import tarfile
 import tempfile
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,13 @@ class Folder:
     caption: str
     captions: str
     subjects: tuple[str, ...]
+    left_out: tuple[str, ...]
     icons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def beside(self) -> Folder:
+        """Return the folder of the subjects that are left out of this one."""
+        return replace(self, name=f"left-out/{self.name}", subjects=self.left_out)
 
     def icon(self, subject: str) -> str:
         """Return the name that the package has for `subject`."""
@@ -72,7 +80,8 @@ class Package:
 def read_recipe(path: Path = RECIPE) -> list[Folder]:
     """Return the folders of samples.toml, their subjects sorted; no excluded or repeated subject may be among them."""
     recipe = tomllib.loads(path.read_text(encoding="utf-8"))
-    folders = [Folder(**{**entry, "subjects": tuple(sorted(entry["subjects"]))}) for entry in recipe["folder"]]
+    lists = ("subjects", "left_out")
+    folders = [Folder(**{**entry, **{key: tuple(sorted(entry[key])) for key in lists}}) for entry in recipe["folder"]]
     problems = [problem for folder in folders for problem in problems_of(folder, recipe["excluded"])]
     if problems:
         raise DataError(listed(f"{path.name} cannot be used:", problems))
@@ -83,8 +92,12 @@ def problems_of(folder: Folder, excluded: list[str]) -> list[str]:
     """Return what is wrong with `folder`, in words."""
     names = folder.subjects
     found = [f"{folder.name}: '{name}' is kept for the demo" for name in excluded if name in names]
+    found += [
+        f"{folder.name}: '{name}' is left out, but not in excluded" for name in folder.left_out if name not in excluded
+    ]
     found += [f"{folder.name}: '{name}' is listed twice" for name in sorted(set(names)) if names.count(name) > 1]
-    found += [f"{folder.name}: '{name}' in icons is no subject" for name in folder.icons if name not in names]
+    known = {*names, *folder.left_out}
+    found += [f"{folder.name}: '{name}' in icons is no subject" for name in folder.icons if name not in known]
     if folder.captions not in ("sidecar", "metadata"):
         found.append(f"{folder.name}: captions is '{folder.captions}', not 'sidecar' or 'metadata'")
     return found
@@ -231,7 +244,10 @@ def write(place: Path, files: dict[str, bytes]) -> None:
 
 def run(out: Path, check: bool) -> int:
     """Make all folders under `out`, or compare them with what would be made; return the exit status."""
-    made = {folder.name: contents(folder, fetch(folder)) for folder in read_recipe()}
+    made = {}
+    for folder in read_recipe():
+        package = fetch(folder)
+        made |= {part.name: contents(part, package) for part in (folder, folder.beside)}
     if not check:
         for name, files in made.items():
             write(out / name, files)
