@@ -244,7 +244,7 @@ def write(place: Path, files: dict[str, bytes]) -> None:
 
 def run(out: Path, check: bool) -> int:
     """Make all folders under `out`, or compare them with what would be made; return the exit status."""
-    made = {}
+    made: dict[str, dict[str, bytes]] = {}
     for folder in read_recipe():
         package = fetch(folder)
         made |= {part.name: contents(part, package) for part in (folder, folder.beside)}

@@ -188,7 +188,7 @@ def _shown(field: FieldInfo, from_file: Any) -> str:
     if from_file is None and field.is_required():
         return REQUIRED
     default = field.get_default(call_default_factory=True) if from_file is None else from_file
-    if default is None or default in ("", (), [], Path()):
+    if default is None or default in ("", (), [], {}, Path()):
         return ""
     if isinstance(default, bool):
         return f" (default: {'on' if default else 'off'})"
@@ -197,7 +197,7 @@ def _shown(field: FieldInfo, from_file: Any) -> str:
 
 def _reader(field: FieldInfo) -> Any:
     """Return the function that reads one word of a flag."""
-    if _is_tables(field):
+    if _is_tables(field) or _is_table(field):
         return _table
     kinds = _alternatives(field)
     allows_none = types.NoneType in typing.get_args(field.annotation)
@@ -212,12 +212,12 @@ def _table(text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(f"table = {text}")["table"]
     except tomllib.TOMLDecodeError:
-        example = '{pattern = "*.to_k", rank = 4}'
+        example = '{name = "text", number = 4}'
         raise argparse.ArgumentTypeError(f"expected inline TOML tables such as '{example}', got {text!r}") from None
 
 
 def _metavar(field: FieldInfo) -> str:
-    if _is_tables(field):
+    if _is_tables(field) or _is_table(field):
         return "'{KEY = VALUE, ...}'"
     kind = _alternatives(field)[0]
     named = next((item for item in field.metadata if isinstance(item, OneOf)), None)
@@ -240,6 +240,11 @@ def _alternatives(field: FieldInfo) -> list[Any]:
 
 def _is_list(field: FieldInfo) -> bool:
     return typing.get_origin(field.annotation) is tuple
+
+
+def _is_table(field: FieldInfo) -> bool:
+    """Say whether a setting is one table of names and values."""
+    return typing.get_origin(field.annotation) is dict
 
 
 def _is_tables(field: FieldInfo) -> bool:

@@ -100,6 +100,17 @@ class LoopConfig(Section):
     """Write TensorBoard events into the run folder (extra `tensorboard`). `log.jsonl` is always written."""
 
 
+class PriorConfig(Section):
+    """Prior preservation: the base's own prediction is kept for captions without the trigger, which then decides."""
+
+    replace: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """What names the new thing in captions -> what may stand there instead: `{", ink style" = ["", ", flat style"]}`"""
+    weight: float = Field(1.0, gt=0, le=100)
+    """What the difference to the base's prediction counts beside the loss of the images."""
+    share: float = Field(0.5, gt=0, le=1)
+    """Share of each batch that is compared; it costs time accordingly."""
+
+
 class SampleConfig(Section):
     """Images made while training, with the adapter as it is by then."""
 
@@ -142,5 +153,7 @@ class TrainConfig(Section):
     """Optimizer and learning rate."""
     loop: LoopConfig = Field(default_factory=LoopConfig)
     """The training loop."""
+    prior: PriorConfig = Field(default_factory=PriorConfig)
+    """Prior preservation."""
     sample: SampleConfig = Field(default_factory=SampleConfig)
     """Samples while training."""

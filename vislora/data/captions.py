@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -79,6 +80,15 @@ def with_trigger(caption: str, trigger: str | None) -> str:
     if re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE):
         return caption
     return f"{trigger}, {caption}" if caption else trigger
+
+
+def without_trigger(caption: str, replace: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the captions that `caption` becomes with each part of it in `replace` replaced by each of its texts.
+
+    One without such a part becomes the empty caption: what it says is what is being learnt.
+    """
+    found = [caption.replace(part, text) for part, texts in replace.items() if part in caption for text in texts]
+    return [" ".join(text.split()) for text in found] or [""]
 
 
 def _from_metadata(listing: Listing, found: _Found, source: str) -> None:

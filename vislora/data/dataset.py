@@ -23,7 +23,7 @@ class TrainingSet(Dataset):
 
     `views`: as `encode.views` returned them. `text_keys`: caption -> key, as `cache_texts` returned it, or None when
     the text encoders are trained and need the captions themselves. `caption_dropout`: the chance, 0 to 1, that an
-    example is seen with the empty caption.
+    example is seen with the empty caption. `priors`: caption -> those for which the base's prediction is kept, or None.
     """
 
     def __init__(
@@ -34,26 +34,34 @@ class TrainingSet(Dataset):
         *,
         seed: int = 0,
         caption_dropout: float = 0.0,
+        priors: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.cache, self.views, self.text_keys = cache, views, text_keys
-        self.seed, self.caption_dropout = seed, caption_dropout
+        self.seed, self.caption_dropout, self.priors = seed, caption_dropout, priors
 
     def __len__(self) -> int:
         return len(self.views)
 
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
-        """Return the example at (index, visit): `latents`, `caption`, `text` and the sizes."""
+        """Return the example at (index, visit): `latents`, `caption`, `text`, the sizes; with priors, one's as well."""
         index, visit = place
         its_views = self.views[index]
         view = its_views[int(draw(self.seed, visit, "view", index) * len(its_views))]
         dropped = is_dropped(self.seed, visit, index, self.caption_dropout)
         caption = "" if dropped else view.example.caption
         stored = self._read(view.key, f"the latents of {view.example.path}")
-        text = None
-        if self.text_keys is not None:
-            text = self._read(self.text_keys.get(caption, ""), f"the features of the caption {caption!r}")
         target = torch.tensor([view.bucket.height, view.bucket.width])
-        return {**stored, "target_size": target, "caption": caption, "text": text}
+        found = {**stored, "target_size": target, "caption": caption, "text": self._text(caption)}
+        if self.priors is not None:
+            others = self.priors[view.example.caption]
+            prior = others[int(draw(self.seed, visit, "prior", index) * len(others))]
+            found |= {"prior_caption": prior, "prior_text": self._text(prior)}
+        return found
+
+    def _text(self, caption: str) -> Tensors | None:
+        if self.text_keys is None:
+            return None
+        return self._read(self.text_keys.get(caption, ""), f"the features of the caption {caption!r}")
 
     def batch(self, batch: Batch) -> dict[str, Any]:
         """Return the collated tensors of a batch (see `collate`). Raises `DataError` when the cache lost an entry."""
@@ -81,16 +89,22 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns `latents` (batch, channels, height, width); `original_size`, `crop_top_left` and `target_size`, each
     (batch, 2) as (height, width) or (top, left); `captions`, a list of strings; `text`, features by name with a batch
-    dimension in front, or None. Raises `DataError` when shapes differ.
+    dimension in front, or None; with priors, `prior_captions` and `prior_text` too. Raises `DataError` when shapes
+    differ.
     """
     plain = [name for name, value in items[0].items() if isinstance(value, Tensor)]
     result: dict[str, Any] = {name: _stacked(name, [item[name] for item in items]) for name in plain}
-    result["captions"] = [item["caption"] for item in items]
-    result["text"] = None
-    if items[0]["text"] is not None:
-        names = items[0]["text"]
-        result["text"] = {name: _stacked(name, [item["text"][name] for item in items]) for name in names}
+    for caption, captions, text in (("caption", "captions", "text"), ("prior_caption", "prior_captions", "prior_text")):
+        if caption in items[0]:
+            result[captions] = [item[caption] for item in items]
+            result[text] = _features([item[text] for item in items])
     return result
+
+
+def _features(items: Sequence[Mapping[str, Tensor] | None]) -> dict[str, Tensor] | None:
+    if items[0] is None:
+        return None
+    return {name: _stacked(name, [item[name] for item in items if item is not None]) for name in items[0]}
 
 
 def counts(examples: Iterable[Example], buckets: Mapping[Bucket, Sequence[int]]) -> dict[str, int]:

@@ -50,6 +50,17 @@ class AdapterSet(nn.Module):
             layer.training = mode
         return super().train(mode)
 
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Have the adapter do nothing for a while: the base alone computes."""
+        for layer in self._layers.values():
+            layer.strengths = (0.0,)
+        try:
+            yield
+        finally:
+            for layer in self._layers.values():
+                layer.strengths = (1.0,)
+
     def modules_with_slots(self) -> Iterator[tuple[str, Trained, dict[str, Tensor]]]:
         """Yield (path, what the file needs, slots as detached CPU copies) per layer."""
         for path, layer in self._layers.items():

@@ -11,10 +11,12 @@ import torch
 
 from vislora.data.buckets import Bucket, assign, bucket_notes, bucket_summary
 from vislora.data.cache import Cache, weights_fingerprint
+from vislora.data.captions import without_trigger
 from vislora.data.dataset import TrainingSet
 from vislora.data.encode import cache_latents, cache_texts, views
 from vislora.data.sampler import Sampler
 from vislora.data.scan import Example, scan
+from vislora.errors import ConfigError
 from vislora.jobs.plan import Plan
 from vislora.jobs.run_folder import RunFolder
 from vislora.models.base import Family
@@ -68,13 +70,27 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
     )
     with vae_as(family, torch.float32):
         yield from cache_latents(cache, wanted, family.encode_image, batch_size=8)
+    captions = [example.caption for example in found.examples]
+    priors = _priors(captions, config.prior.replace)
     keys = None
     if not config.adapter.text_encoders:
-        captions = [example.caption for example in found.examples]
+        captions += [other for others in (priors or {}).values() for other in others]
         keys = yield from cache_texts(cache, captions, family.encode_prompt, fingerprint=_text_fingerprint(family))
-    dataset = TrainingSet(cache, wanted, keys, seed=config.seed, caption_dropout=data.caption_dropout)
+    dropout = data.caption_dropout
+    dataset = TrainingSet(cache, wanted, keys, seed=config.seed, caption_dropout=dropout, priors=priors)
     sampler = Sampler(buckets, plan.batch_size, config.seed, data.repeats)
     return Prepared(found.examples, buckets, dataset, sampler)
+
+
+def _priors(captions: Sequence[str], replace: Mapping[str, Sequence[str]]) -> dict[str, list[str]] | None:
+    """Return, for every caption, those without the trigger. Raises `ConfigError` for a part that no caption has."""
+    if not replace:
+        return None
+    lost = [part for part in replace if not part or not any(part in caption for caption in captions)]
+    if lost:
+        example = f"; the first caption is {captions[0]!r}" if captions else ""
+        raise ConfigError(f"prior.replace: no caption has {lost[0]!r} in it{example}")
+    return {caption: without_trigger(caption, replace) for caption in captions}
 
 
 def _told(family: Family, examples: Sequence[Example]) -> Iterator[Note]:

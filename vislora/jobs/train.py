@@ -285,7 +285,9 @@ def _assemble(
         ParameterGroup(parameters.parameters(), plan.learning_rate if name == "denoiser" else plan.text_learning_rate)
         for name, parameters in adapters.items()
     ]
-    module = DenoisingLoss(family, adapters, LossOptions(config.loop.min_snr_gamma, config.loop.noise_offset))
+    loop, prior = config.loop, config.prior
+    options = LossOptions(loop.min_snr_gamma, loop.noise_offset, prior.weight, prior.share)
+    module = DenoisingLoss(family, adapters, options)
     optimizer = make_optimizer(config.optimizer.name, groups, config.optimizer.weight_decay)
     module, optimizer = accelerator.prepare(module, optimizer)
     return Run(plan, folder, family, data, adapters, accelerator, module, optimizer, about)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +16,22 @@ from vislora.models.base import Family
 
 @dataclass(frozen=True)
 class LossOptions:
-    """How the error counts. `min_snr_gamma` None: all timesteps alike. `noise_offset`: in units of the noise."""
+    """How the error counts. `min_snr_gamma` None: all timesteps alike. `noise_offset`: in units of the noise.
+
+    prior_weight, prior_share: of the difference to the base's prediction, where a batch has priors.
+    """
 
     min_snr_gamma: float | None = None
     noise_offset: float = 0.0
+    prior_weight: float = 1.0
+    prior_share: float = 0.5
 
 
 class DenoisingLoss(nn.Module):
     """Mean weighted squared error of the denoiser's prediction.
+
+    With priors, the same of its difference to what the base alone predicts for captions without the trigger: prior
+    preservation (Ruiz et al., arXiv 2208.12242, equation 2) by the frozen model's prediction instead of its images.
 
     The frozen base is no child of this module, so that neither DDP nor a checkpoint ever sees its weights.
     """
@@ -43,15 +52,35 @@ class DenoisingLoss(nn.Module):
         latents = batch["latents"].to(device)
         noise = self._noise(latents, generator)
         t = family.objective.sample_t(latents.shape, generator).to(device)
-        text = batch["text"]
-        conditioning = family.encode_prompt(batch["captions"]) if text is None else _to(text, device)
-        if "original_size" in batch:
-            conditioning["sizes"] = sizes_of(batch).to(device)
+        sizes = {"sizes": sizes_of(batch).to(device)} if "original_size" in batch else {}
+        conditioning = {**self._text(batch["text"], batch["captions"], device), **sizes}
         noisy = family.objective.add_noise(latents, noise, t)
         predicted = family.predict(noisy, t, conditioning).float()
-        target = family.objective.target(latents, noise, t)
+        loss = self._error(predicted, family.objective.target(latents, noise, t), t)
+        if "prior_captions" not in batch:
+            return loss
+        return loss + self._options.prior_weight * self._prior(batch, noisy, t, sizes)
+
+    def _prior(self, batch: Mapping[str, Any], noisy: Tensor, t: Tensor, sizes: Mapping[str, Tensor]) -> Tensor:
+        """Return how far the prediction for the batch's priors is from the base's, on a share of its rows."""
+        family, rows = self._family[0], max(1, round(self._options.prior_share * len(noisy)))
+        noisy, t = noisy[:rows], t[:rows]
+        text = batch["prior_text"]
+        some = None if text is None else {name: feature[:rows] for name, feature in text.items()}
+        given = some, batch["prior_captions"][:rows], noisy.device
+        sizes = {name: value[:rows] for name, value in sizes.items()}
+        with torch.no_grad(), ExitStack() as stack:
+            for adapters in self.adapters.values():
+                stack.enter_context(adapters.resting())  # type: ignore[operator]
+            target = family.predict(noisy, t, {**self._text(*given), **sizes}).float()
+        return self._error(family.predict(noisy, t, {**self._text(*given), **sizes}).float(), target, t)
+
+    def _text(self, text: Mapping[str, Tensor] | None, captions: list[str], device: torch.device) -> dict[str, Tensor]:
+        return self._family[0].encode_prompt(captions) if text is None else _to(text, device)
+
+    def _error(self, predicted: Tensor, target: Tensor, t: Tensor) -> Tensor:
         error = (predicted - target).square().flatten(1).mean(1)
-        return (error * family.objective.weight(t, self._options.min_snr_gamma)).mean()
+        return (error * self._family[0].objective.weight(t, self._options.min_snr_gamma)).mean()
 
     def _noise(self, latents: Tensor, generator: torch.Generator) -> Tensor:
         noise = torch.randn(latents.shape, generator=generator)
