@@ -14,75 +14,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from base_scores import ROOT, draw, load, through_vae
-from PIL import Image
 from torch import Tensor
 
 sys.path.insert(0, str(ROOT / "train_scripts"))
 
-from base.measures import hog, look
+from base.measures import Drawings, content, looks, style_gain, subject_of
 from base.pictures import Pictures, prompt_of
 
 import vislora
-from vislora.data.scan import Example, scan
 
-WHITE, BATCH = 0.96, 10
-
-
-@dataclass(frozen=True)
-class Drawings:
-    """What somebody drew: uint8 pixels (n, 3, side, side), and the captions."""
-
-    pixels: Tensor
-    captions: list[str]
-
-    @staticmethod
-    def read(folder: Path, side: int) -> Drawings:
-        """Read a folder of captioned pictures."""
-        examples = scan(folder).examples
-        return Drawings(torch.stack([_pixels(example, side) for example in examples]), [e.caption for e in examples])
-
-
-def _pixels(example: Example, side: int) -> Tensor:
-    with Image.open(example.path) as image:
-        small = image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
-    return torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).reshape(side, side, 3).permute(2, 0, 1)
-
-
-def looks(pixels: Tensor) -> Tensor:
-    """Return the statistics of the look (n, 26)."""
-    x = pixels.float() / 255.0
-    return look(x, (x.amin(1) < WHITE).float())
-
-
-def style_gain(goal: Tensor, real: Tensor, base: Tensor, adapted: Tensor) -> float:
-    """Return the style gain. All are statistics (n, 26): of the folder, of the artist's other drawings, of pictures."""
-    spread = torch.cat([goal, base]).std(0).clamp(min=1e-3)
-
-    def distance(found: Tensor) -> float:
-        return float(((found.mean(0) - goal.mean(0)) / spread).norm())
-
-    nearest = distance(real)
-    return 1.0 - (distance(adapted) - nearest) / (distance(base) - nearest)
-
-
-def subject_of(caption: str, form: str) -> str:
-    """Return the subject in a caption such as `a fox, ink style`; `form` is `{subject}, ink style`."""
-    before, after = form.split("{subject}")
-    return caption.split(" ", 1)[1].removeprefix(before).removesuffix(after)
-
-
-def content(pictures: Pictures, others: list[tuple[Tensor, list[str]]], drawn: Tensor, subjects: list[str]) -> float:
-    """Return how often the nearest of all drawings is of the right subject. `others`: more drawings to choose from."""
-    pixels = torch.cat([pictures.pixels, *(part for part, _ in others)])
-    names = [*pictures.subjects, *(name for _, part in others for name in part)]
-    nearest = (hog(drawn) @ hog(pixels).T).argmax(1).tolist()
-    return sum(names[index] == subject for index, subject in zip(nearest, subjects, strict=True)) / len(subjects)
+BATCH = 10
 
 
 def leaks(pipe: Any, name: str, subjects: list[str], styles: list[str], goal: Tensor, real: Tensor) -> dict[str, float]:
@@ -123,12 +68,13 @@ def main() -> None:
     vislora.load(pipe, given.adapter, name="adapter")
     subjects = [subject_of(caption, given.form) for caption in kept.captions]
     base, adapted = both(pipe, "adapter", kept.captions * given.seeds)
-    drawings = [(part.pixels, [subject_of(text, given.form) for text in part.captions]) for part in (shown, kept)]
+    drawings = [(pictures.pixels, pictures.subjects)]
+    drawings += [(part.pixels, [subject_of(text, given.form) for text in part.captions]) for part in (shown, kept)]
     found: dict[str, Any] = {
         "style gain": round(style_gain(goal, real, looks(base), looks(adapted)), 3),
-        "content": round(content(pictures, drawings, adapted, subjects * given.seeds), 3),
-        "content of the base": round(content(pictures, drawings, base, subjects * given.seeds), 3),
-        "content of real drawings": round(content(pictures, drawings[:1], kept.pixels, subjects), 3),
+        "content": round(content(drawings, adapted, subjects * given.seeds), 3),
+        "content of the base": round(content(drawings, base, subjects * given.seeds), 3),
+        "content of real drawings": round(content(drawings[:2], kept.pixels, subjects), 3),
     }
     if given.leak:
         found["leak"] = leaks(pipe, "adapter", subjects, sorted(set(pictures.styles)), goal, real)

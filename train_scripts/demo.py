@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+from base.measures import Drawings, as_pixels, content, looks, style_gain, subject_of
 from PIL import Image
 
 import vislora
@@ -22,6 +24,8 @@ from vislora.reports.sheet import contact_sheet
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("demo")
+LEFT_OUT = ROOT / "samples" / "left-out" / "ink"
+SIDE = 64
 SUBJECTS = (
     "a fox",
     "an owl",
@@ -48,10 +52,11 @@ def main() -> int:
     began = time.perf_counter()
     shutil.rmtree(OUT, ignore_errors=True)
     adapter = train()
-    sheet = generate(adapter)
+    sheet, rows = generate(adapter)
+    found = scores(rows)
     table = convert(adapter)
     minutes = (time.perf_counter() - began) / 60
-    page(adapter, sheet, table, minutes)
+    page(adapter, sheet, found, table, minutes)
     print(f"done in {minutes:.1f} minutes: look at {OUT / 'index.html'} and {OUT / 'sheet.png'}")
     return 0
 
@@ -69,8 +74,11 @@ def train() -> Path:
     return OUT / STYLE / f"{STYLE}.safetensors"
 
 
-def generate(adapter: Path) -> Image.Image:
-    """Make every subject with the base, each style, and both; none of the subjects is in a training folder."""
+def generate(adapter: Path) -> tuple[Image.Image, dict[str, list[Image.Image]]]:
+    """Make every subject with the base, each style, and both: a sheet, and the rows by name.
+
+    None of the subjects is in a training folder.
+    """
     print("2/3 generate: base, each style, both stacked", flush=True)
     second = ROOT / "samples" / "adapters" / f"{SECOND}.safetensors"
     rows: list[list[Image.Image]] = []
@@ -86,7 +94,34 @@ def generate(adapter: Path) -> Image.Image:
         rows.append([picture.image for picture in pictures])
     sheet = contact_sheet(rows, list(ROWS), SUBJECTS, cell=128)
     sheet.save(OUT / "sheet.png")
-    return sheet
+    return sheet, dict(zip(ROWS, rows, strict=True))
+
+
+def scores(rows: dict[str, list[Image.Image]]) -> list[tuple[str, ...]]:
+    """Judge the new style by what its artist drew of the same subjects, which no folder holds; rows of a table."""
+    folder, kept = Drawings.read(ROOT / "samples" / STYLE, SIDE), Drawings.read(LEFT_OUT, SIDE)
+    form = f"{{subject}}, {STYLE} style"
+    subjects = [subject.split(" ", 1)[1] for subject in SUBJECTS]
+    names = [subject_of(caption, form) for caption in kept.captions]
+    real = kept.pixels[[names.index(subject) for subject in subjects]]
+    drawings = [(folder.pixels, [subject_of(caption, form) for caption in folder.captions]), (kept.pixels, names)]
+    base, adapted = (torch.stack([as_pixels(image, SIDE) for image in rows[name]]) for name in ("base", STYLE))
+    gain = style_gain(looks(folder.pixels), looks(real), looks(base), looks(adapted))
+    told = content(drawings, adapted, subjects)
+    print(f"    style gain {gain:.2f}, subject recognised {told:.2f}", flush=True)
+    return [
+        ("score", "", "what it is"),
+        (
+            "style gain",
+            f"{gain:.2f}",
+            "0: the base's look; 1: as near to the folder's look as the artist's other drawings",
+        ),
+        (
+            "content",
+            f"{told:.2f}",
+            f"how often the nearest of {len(names) + len(folder.captions)} ink drawings is right",
+        ),
+    ]
 
 
 def convert(adapter: Path) -> list[tuple[str, ...]]:
@@ -107,12 +142,15 @@ def training_pictures() -> Image.Image:
     return contact_sheet([[Image.open(path) for path in files]], [f"samples/{STYLE}"], captions, cell=128)
 
 
-def page(adapter: Path, sheet: Image.Image, table: list[tuple[str, ...]], minutes: float) -> None:
+def page(
+    adapter: Path, sheet: Image.Image, found: list[tuple[str, ...]], table: list[tuple[str, ...]], minutes: float
+) -> None:
     """Write the page."""
     losses = [json.loads(line)["loss"] for line in (OUT / STYLE / "log.jsonl").read_text().splitlines()]
     parts = [
         Part("Learned from 40 pictures such as these", image=training_pictures()),
         Part("Base, two styles, and both at once", "None of these subjects was in a training folder.", sheet),
+        Part("How well", "By statistics of colour and edges, and by gradients; no network judges.", table=found),
         Part("Training loss", f"Mean over 20 steps, {len(losses)} steps.", curve=polyline(losses)),
         Part("One adapter, three formats", "Each file was loaded back and compared, module by module.", table=table),
         Part("What is in the file", code=as_text(vislora.inspect(adapter), metadata=False)),

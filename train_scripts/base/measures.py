@@ -5,9 +5,16 @@ Content: histograms of oriented gradients (Dalal and Triggs 2005). Look: statist
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+
+from vislora.data.scan import scan
 
 WHITE = 0.96
 CELL, BINS = 8, 9
@@ -76,3 +83,55 @@ def edges(x: Tensor) -> Tensor:
 def _steps(x: Tensor) -> Tensor:
     """Return the largest step of colour from the left and the upper neighbour to each pixel."""
     return torch.stack([(x - x.roll(1, axis)).abs().amax(1) for axis in (2, 3)]).amax(0)
+
+
+def looks(pixels: Tensor) -> Tensor:
+    """Return the statistics of the look (n, 26)."""
+    x = pixels.float() / 255.0
+    return look(x, (x.amin(1) < WHITE).float())
+
+
+def style_gain(goal: Tensor, real: Tensor, base: Tensor, adapted: Tensor) -> float:
+    """Return the style gain. All are statistics (n, 26): of the folder, of the artist's other drawings, of pictures."""
+    spread = torch.cat([goal, base]).std(0).clamp(min=1e-3)
+
+    def distance(found: Tensor) -> float:
+        return float(((found.mean(0) - goal.mean(0)) / spread).norm())
+
+    nearest = distance(real)
+    return 1.0 - (distance(adapted) - nearest) / (distance(base) - nearest)
+
+
+def content(drawings: Sequence[tuple[Tensor, list[str]]], drawn: Tensor, subjects: Sequence[str]) -> float:
+    """Return how often the nearest of all `drawings` (pixels, subjects), by HOG, is of the right subject."""
+    pixels = torch.cat([part for part, _ in drawings])
+    names = [name for _, part in drawings for name in part]
+    nearest = (hog(drawn) @ hog(pixels).T).argmax(1).tolist()
+    return sum(names[index] == subject for index, subject in zip(nearest, subjects, strict=True)) / len(subjects)
+
+
+def subject_of(caption: str, form: str) -> str:
+    """Return the subject in a caption such as `a fox, ink style`; `form` is `{subject}, ink style`."""
+    before, after = form.split("{subject}")
+    return caption.split(" ", 1)[1].removeprefix(before).removesuffix(after)
+
+
+@dataclass(frozen=True)
+class Drawings:
+    """What somebody drew: uint8 pixels (n, 3, side, side), and the captions."""
+
+    pixels: Tensor
+    captions: list[str]
+
+    @staticmethod
+    def read(folder: Path, side: int) -> Drawings:
+        """Read a folder of captioned pictures."""
+        examples = scan(folder).examples
+        pixels = [as_pixels(Image.open(example.path), side) for example in examples]
+        return Drawings(torch.stack(pixels), [example.caption for example in examples])
+
+
+def as_pixels(image: Image.Image, side: int) -> Tensor:
+    """Return an image as uint8 (3, side, side)."""
+    small = image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+    return torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).reshape(side, side, 3).permute(2, 0, 1)

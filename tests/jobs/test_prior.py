@@ -1,0 +1,121 @@
+"""Prior preservation: captions without the trigger, the loss by its formula, runs that keep what the base predicts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import vislora
+from tests import tiny
+from tests.jobs.train_helpers import config, trained
+from vislora.data.captions import without_trigger
+from vislora.errors import ConfigError
+from vislora.inject.injection import FreshOptions, eject, inject_fresh
+from vislora.inject.targets import Target, select
+from vislora.models.base import load_family
+from vislora.training.loss import DenoisingLoss, LossOptions
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+
+
+def test_captions_without_the_trigger():
+    replace = {", ink style": ("", ", flat style"), "sks ": ("",)}
+    assert without_trigger("a cat, ink style", replace) == ["a cat", "a cat, flat style"]
+    assert without_trigger("a sks dog", replace) == ["a dog"]
+    assert without_trigger("a house", replace) == [""]
+
+
+@pytest.fixture
+def trainee():
+    family = load_family(tiny.saved("sd"), torch.float32, CPU)
+    denoiser = family.components["denoiser"]
+    adapters = inject_fresh(denoiser, "t", select(denoiser, [], "all", Target("", 4)), FreshOptions(seed=1))
+    with torch.no_grad():
+        for parameter in adapters.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    return family, adapters
+
+
+def test_the_loss_is_that_of_the_formula(trainee):
+    family, adapters = trainee
+    with torch.no_grad():
+        text, prior = family.encode_prompt(["a red cat", "ink"]), family.encode_prompt(["a cat", ""])
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    batch = {"latents": latents, "text": text, "captions": ["", ""]}
+    options = LossOptions(prior_weight=0.7, prior_share=0.5)
+    module = DenoisingLoss(family, {"denoiser": adapters}, options)
+    plain = module(batch, torch.Generator().manual_seed(5))
+    both = module({**batch, "prior_text": prior, "prior_captions": ["a cat", ""]}, torch.Generator().manual_seed(5))
+    draw = torch.Generator().manual_seed(5)
+    noise = torch.randn(latents.shape, generator=draw)
+    t = family.objective.sample_t(latents.shape, draw)[:1]
+    noisy = family.objective.add_noise(latents[:1], noise[:1], t)
+    one = {name: value[:1] for name, value in prior.items()}
+    mine = family.predict(noisy, t, one)
+    eject(family.components["denoiser"], "t")
+    base = family.predict(noisy, t, one)
+    assert (both - plain).item() == pytest.approx(0.7 * (mine - base).square().mean().item(), rel=1e-4)
+    assert both > plain
+
+
+def test_a_resting_adapter_is_the_base_and_wakes_up(trainee):
+    family, adapters = trainee
+    with torch.no_grad():
+        text = family.encode_prompt(["a red cat"])
+        x, t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([7])
+        awake = family.predict(x, t, text)
+        with adapters.resting():
+            resting = family.predict(x, t, text)
+        assert torch.equal(family.predict(x, t, text), awake)
+        eject(family.components["denoiser"], "t")
+        assert torch.equal(family.predict(x, t, text), resting)
+        assert not torch.equal(resting, awake)
+
+
+def drift(path, caption):
+    """Return how far an adapter moves the prediction for a caption, on the tiny base."""
+    pipe = tiny.PIPELINES["sd"]()
+    family = load_family(tiny.saved("sd"), torch.float32, CPU)
+    x, t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
+    with torch.no_grad():
+        text = family.encode_prompt([caption])["prompt_embeds"]
+        before = pipe.unet(x, t, text).sample
+        vislora.load(pipe, path)
+        return float((pipe.unet(x, t, text).sample - before).norm())
+
+
+@pytest.mark.parametrize("text_encoders", [False, True])
+def test_a_run_keeps_more_of_the_base_where_the_trigger_is_missing(text_encoders, tmp_path):
+    rate = {"optimizer__learning_rate": 2e-2, "loop__steps": 30, "adapter__text_encoders": text_encoders}
+    for name in ("plain", "kept"):
+        (tmp_path / name).mkdir()
+    plain, _ = trained(tmp_path / "plain", "sd", **rate)
+    kept, _ = trained(tmp_path / "kept", "sd", prior={"replace": {"a ": ["the "]}, "weight": 5.0, "share": 1.0}, **rate)
+    if not text_encoders:
+        assert drift(kept.path, "the red cat") < 0.8 * drift(plain.path, "the red cat")
+    assert plain.path.read_bytes() != kept.path.read_bytes()
+
+
+def test_a_part_that_no_caption_has_is_told(tmp_path):
+    with pytest.raises(ConfigError, match="no caption has 'sks' in it; the first caption is 'a red cat'"):
+        trained(tmp_path, "sd", prior={"replace": {"sks": ["x"]}})
+
+
+def test_a_run_is_the_same_again(tmp_path):
+    weights = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        value, _ = trained(tmp_path / name, "sd", prior={"replace": {"a ": ["the ", ""]}})
+        weights.append(load_file(value.path))
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_the_flag_takes_a_table(tmp_path):
+    from vislora.config.flags import parse
+    from vislora.config.train import TrainConfig
+
+    given = parse(TrainConfig, ["--folder", "x", "--replace", '{"a " = ["the "]}'], "vislora train")
+    assert given.prior.replace == {"a ": ("the ",)}
+    assert config(tmp_path).prior.replace == {}
