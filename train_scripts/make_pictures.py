@@ -43,6 +43,24 @@ def row(prompts: Sequence[str], strengths: Mapping[str, float], **settings: Any)
         return [picture.image for picture in pictures]
 
 
+def zipped(first: str, folder: Path) -> Path:
+    """Merge `first` and ink by ZipLoRA; return the adapter. The prompts are of the pictures that they learned from."""
+    own = {
+        "outline": [
+            "a cat, outline style",
+            "a rose, outline style",
+            "a frog, outline style",
+            "a rocket, outline style",
+        ],
+        "blob": ["a blobby nerd face", "a blobby thinking face", "a blobby grinning face", "a blobby sleeping face"],
+        "ink": [f"{subject}, ink style" for subject in ("a cat", "a tulip", "a panda", "a rocket")],
+    }
+    path = folder / f"zip-{first}.safetensors"
+    wanted = {name: tuple(own[name]) for name in (first, "ink")}
+    vislora.merge((first, "ink"), path, adapters=(ADAPTERS,), method="ziplora", prompts=wanted, to="kohya")
+    return path
+
+
 def sheet() -> Image.Image:
     """Return the base, each style, and both at once."""
     ways = {
@@ -75,6 +93,8 @@ def composition() -> Image.Image:
             "composite": row(prompts, both, compose={"method": "composite"}),
             "klora": row(prompts, both, compose={"method": "klora", "content": first, "style": "ink"}),
         }
+        with tempfile.TemporaryDirectory() as folder:
+            ways["ziplora"] = row(prompts, {str(zipped(first, Path(folder))): 1.0})
         for label, images in ways.items():
             rows.setdefault(label, []).extend(images)
     labels = ["outline | blob" if label == "first" else label for label in rows]

@@ -84,7 +84,7 @@ def test_a_composite_is_the_mean_of_what_each_predicts(pipeline):
 
 def deltas(pipeline, name):
     stack = existing_stack(denoiser(pipeline))
-    return {path: adapter.delta(stack.at(path).weight).numpy() for path, adapter in stack._on_layers(name).items()}
+    return {path: adapter.delta(stack.at(path).weight).numpy() for path, adapter in stack.adapters(name).items()}
 
 
 def test_klora_chooses_by_the_largest_magnitudes():
@@ -105,7 +105,7 @@ def test_klora_chooses_by_the_largest_magnitudes():
     vislora.set_composition(pipeline, "klora", content="a", style="b")
     moment = stack.moment
     for step in range(4):
-        (run,) = moment.composition.runs(["a", "b"], step, 3, stack._on_layers)
+        (run,) = moment.composition.runs(["a", "b"], step, 3, stack.adapters)
         assert run.acting["b"] == chosen(step / 3)
         assert run.acting["a"] == content.keys() - chosen(step / 3)
     assert chosen(0.0) < chosen(1.0)

@@ -24,12 +24,18 @@ class MergeConfig(StackConfig):
     """Merge into this base instead: a diffusers folder or a .safetensors checkpoint; `output` is then such a one."""
     to: Annotated[str, OneOf("vislora.registry:FORMATS")] = ""
     """Format to write. Default: that of the first adapter, or kohya."""
-    method: Literal["sum", "orthogonal", "magnitude", "ties", "dare"] = "sum"
-    """sum: exact; orthogonal: without interference; magnitude, ties, dare: sparse, within rank or energy."""
+    method: Literal["sum", "orthogonal", "magnitude", "ties", "dare", "ziplora"] = "sum"
+    """sum: exact; orthogonal: without interference; magnitude, ties, dare: sparse; ziplora: learned on a base."""
     density: float = Field(0.5, gt=0, le=1)
     """Share of the numbers of each change that magnitude, ties and dare keep."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the numbers that dare drops."""
+    prompts: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """ziplora: what each adapter is asked for, by name: `{ink = ["a cat, ink style"], blob = ["a blobby face"]}`."""
+    learn_on: str = ""
+    """ziplora: the base to learn on: a diffusers folder or hub name. Default: the embedded small base."""
+    steps: int = Field(100, ge=1)
+    """ziplora: steps of learning."""
     rank: int | None = Field(None, ge=1)
     """The nearest LoRA of at most this rank. What is lost is said."""
     energy: float | None = Field(None, gt=0, le=1)

@@ -119,7 +119,7 @@ class Stack:
         """Have the adapters act together by `composition`, None: all at once. Raises `ConfigError` when reserved."""
         if composition is not None and self.reserve is not None:
             raise ConfigError("a reserved model has no composition but 'sum'; vislora.unreserve gives the room up")
-        self.moment.composition, self.moment.on_layers = composition, self._on_layers
+        self.moment.composition, self.moment.on_layers = composition, self.adapters
         self.set_strengths(dict(self.strengths))
 
     def require_room(self, given: Mapping[str, tuple[Strength, ...]]) -> None:
@@ -132,10 +132,10 @@ class Stack:
     def make_room(self, max_rank: int, paths: Iterable[str]) -> None:
         """Reserve room for a joint rank of `max_rank` on the layers at `paths`; on any failure nothing is changed."""
         reserve = Reserve(max_rank)
-        ranks = {name: _rank(self._on_layers(name)) for name in self.strengths}
+        ranks = {name: _rank(self.adapters(name)) for name in self.strengths}
         reserve.rooms = {path: Room.beside(self.at(path), reserve) for path in paths}
         for name in self.strengths:
-            reserve.require_layers(name, self._on_layers(name), self.index.layers)
+            reserve.require_layers(name, self.adapters(name), self.index.layers)
         reserve.require_room(ranks, self.strengths)
         done: list[str] = []
         try:
@@ -157,14 +157,15 @@ class Stack:
         self.reserve = None
         self._watch()
 
-    def _on_layers(self, name: str) -> dict[str, LayerAdapter]:
+    def adapters(self, name: str) -> dict[str, LayerAdapter]:
+        """Return path -> the adapter `name` on that layer."""
         states = {path: state_of(self.at(path)) for path in self.paths[name]}
         return {path: state.adapters[name] for path, state in states.items() if state is not None}
 
     def _write(self, changed: str = "") -> None:
         if self.reserve is not None:
             self.reserve.forget(changed)
-            on = {name: self._on_layers(name) for name, given in self.strengths.items() if is_active(given)}
+            on = {name: self.adapters(name) for name, given in self.strengths.items() if is_active(given)}
             self.reserve.write(self.ranks, self.moment, on)
 
     def _tune(self, adapter: LayerAdapter, strengths: Sequence[Strength]) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from vislora import formats
 from vislora.algebra.low_rank import Limits
@@ -17,12 +19,14 @@ from vislora.errors import ConfigError
 from vislora.files import write_text
 from vislora.formats.adapter_file import AdapterFile, AdapterModule
 from vislora.inject.strength import Strength
-from vislora.jobs.devices import DTYPES
+from vislora.jobs.devices import DTYPES, pick_device
 from vislora.jobs.merge_base import merge_into
 from vislora.jobs.prompts import parse_adapter
 from vislora.jobs.proof import check_destination, save_proven
 from vislora.jobs.stacks import label_once
 from vislora.jobs.strengths import declared
+from vislora.jobs.ziplora import ZipOptions, learn
+from vislora.models.base import load_family
 from vislora.records import Done, Note, Record, result
 from vislora.registry import FORMATS
 
@@ -91,8 +95,14 @@ def _into_adapter(config: MergeConfig, parts: list[Part], strengths: dict[str, S
     to = config.to or format_of(parts[0].adapter)
     check_destination(config.output, to, config.overwrite)
     dtype = DTYPES[config.precision] if config.precision else None
-    how = How(config.method, config.density, config.seed, Limits(config.rank, config.energy), dtype)
+    wanted = parts
+    if config.method == "ziplora":
+        parts = yield from _zipped(config, parts)
+    method = "sum" if config.method == "ziplora" else config.method
+    how = How(method, config.density, config.seed, Limits(config.rank, config.energy), dtype)
     merged, told = merge(parts, how)
+    if wanted is not parts:
+        told = _against(told, parts, wanted)
     save_proven(merged, config.output, to, config.tolerance)
     yield from map(Note, worst(told))
     values = {name: strengths[name].value for name in sorted(strengths)}
@@ -100,6 +110,26 @@ def _into_adapter(config: MergeConfig, parts: list[Part], strengths: dict[str, S
     if config.report is not None:
         write_text(config.report, json.dumps(report.as_json(), indent=2) + "\n")
     yield Done(report, report.verdict)
+
+
+def _zipped(config: MergeConfig, parts: list[Part]) -> Generator[Record, None, list[Part]]:
+    """Return the parts with learned factors in their columns."""
+    device = pick_device("auto")
+    family = load_family(config.learn_on or None, torch.float32, device)
+    for item in learn(family, parts, config.prompts, ZipOptions(config.steps, seed=config.seed)):
+        if isinstance(item, list):
+            return item
+        yield item
+    raise AssertionError("learning ends with the parts")
+
+
+def _against(told: list[MergedModule], made: list[Part], wanted: list[Part]) -> list[MergedModule]:
+    """Return what became of each layer against the sum of `wanted`, which are `made` with other factors."""
+    taken = [Part(f"{part.name} taken away", part.adapter, lambda module: -1.0) for part in wanted]
+    _, asked = merge(wanted)
+    _, apart = merge([*made, *taken])
+    norms = {item.name: (one.wanted, item.wanted) for one, item in zip(asked, apart, strict=True)}
+    return [replace(item, wanted=norms[item.name][0], apart=norms[item.name][1]) for item in told]
 
 
 def _into_base(config: MergeConfig, base: Path, parts: list[Part], paths: dict[str, Path]) -> Iterator[Record]:
