@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from vislora.config.base import OneOf, Positional, Section, Short
+from vislora.config.base import OneOf, Positional, Short
+from vislora.config.limits import LimitedConfig
 
 
-class ExtractConfig(Section):
+class ExtractConfig(LimitedConfig):
     """Make an adapter of what a fine-tuned model has and its base does not. Says what is lost of each layer."""
 
     tuned: Positional[Path]
@@ -19,12 +20,6 @@ class ExtractConfig(Section):
     """What it was tuned from, of the same kind."""
     output: Annotated[Path, Short("-o")]
     """Where to write the adapter: a .safetensors file, or a folder for `peft`."""
-    rank: int | None = Field(None, ge=1)
-    """At most this rank."""
-    energy: float | None = Field(None, gt=0, le=1)
-    """For each layer the smallest rank that holds this share of its change's squared norm."""
-    ratio: float | None = Field(None, ge=1)
-    """For each layer the singular values that are at least the largest divided by this."""
     components: tuple[str, ...] = ()
     """Components to extract: denoiser, te:clip_l, ... Default: all that differ and adapter files have a place for."""
     exact: bool = False
@@ -39,9 +34,3 @@ class ExtractConfig(Section):
     """Replace the output when it exists."""
     report: Path | None = None
     """Write what became of every layer to this JSON file."""
-
-    @model_validator(mode="after")
-    def _says_how_small(self) -> Self:
-        if self.rank is None and self.energy is None and self.ratio is None:
-            raise ValueError("say how small: give rank, energy or ratio")
-        return self

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from vislora.config.base import OneOf, Positional, Section
+from vislora.config.base import OneOf, Positional
+from vislora.config.limits import LimitedConfig
 
 
-class ResizeConfig(Section):
+class ResizeConfig(LimitedConfig):
     """Make an adapter smaller: the nearest LoRA of a rank, or that keeps a share. Says what is lost of each module."""
 
     source: Positional[Path]
     """The adapter: a .safetensors file, or a PEFT folder."""
     destination: Positional[Path]
     """Where to write it: a .safetensors file, or a folder for `peft`."""
-    rank: int | None = Field(None, ge=1)
-    """At most this rank."""
-    energy: float | None = Field(None, gt=0, le=1)
-    """For each module the smallest rank that holds this share of its change's squared norm."""
-    ratio: float | None = Field(None, ge=1)
-    """For each module the singular values that are at least the largest divided by this."""
     to: Annotated[str, OneOf("vislora.registry:FORMATS")] = ""
     """Format to write. Default: the adapter's own, or kohya."""
     precision: Literal["fp32", "fp16", "bf16"] | None = None
@@ -35,9 +30,3 @@ class ResizeConfig(Section):
     """Take the tensors, and nothing else, out of a pickle (.pt, .ckpt, .bin)."""
     report: Path | None = None
     """Write what became of every module to this JSON file."""
-
-    @model_validator(mode="after")
-    def _says_how_small(self) -> Self:
-        if self.rank is None and self.energy is None and self.ratio is None:
-            raise ValueError("say how small: give rank, energy or ratio")
-        return self
