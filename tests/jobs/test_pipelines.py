@@ -305,13 +305,13 @@ def test_unknown_pipelines_have_their_unet_or_transformer():
         components_of(Mine(unet=None))
 
 
-def test_sdxl_like_pipelines_are_not_taken_for_sd():
+def test_pipelines_with_two_text_encoders_are_sdxl_not_sd():
     class Xl:
         def __init__(self):
             self.unet, self.text_encoder, self.text_encoder_2 = tiny.unet(), tiny.clip_text(), tiny.clip_text()
             self.components = dict(self.__dict__)
 
-    assert components_of(Xl())[0] is None
+    assert components_of(Xl())[0] == "sdxl"
 
 
 def test_a_compiled_unet_is_still_sd(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +53,7 @@ class DenoisingLoss(nn.Module):
         noise = self._noise(latents, generator)
         t = family.objective.sample_t(latents.shape, generator).to(device)
         sizes = {"sizes": sizes_of(batch).to(device)} if "original_size" in batch else {}
-        conditioning = {**self._text(batch["text"], batch["captions"], device), **sizes}
+        conditioning = {**self._text(batch["text"], batch.get("captions", ()), device), **sizes}
         noisy = family.objective.add_noise(latents, noise, t)
         predicted = family.predict(noisy, t, conditioning).float()
         loss = self._error(predicted, family.objective.target(latents, noise, t), t)
@@ -75,8 +75,10 @@ class DenoisingLoss(nn.Module):
             target = family.predict(noisy, t, {**self._text(*given), **sizes}).float()
         return self._error(family.predict(noisy, t, {**self._text(*given), **sizes}).float(), target, t)
 
-    def _text(self, text: Mapping[str, Tensor] | None, captions: list[str], device: torch.device) -> dict[str, Tensor]:
-        return self._family[0].encode_prompt(captions) if text is None else _to(text, device)
+    def _text(
+        self, text: Mapping[str, Tensor] | None, captions: Sequence[str], device: torch.device
+    ) -> dict[str, Tensor]:
+        return self._family[0].encode_prompt(list(captions)) if text is None else _to(text, device)
 
     def _error(self, predicted: Tensor, target: Tensor, t: Tensor) -> Tensor:
         error = (predicted - target).square().flatten(1).mean(1)
