@@ -17,12 +17,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from base_scores import ROOT, draw, load, through_vae
+from base_scores import ROOT, draw, load
 from torch import Tensor
 
 sys.path.insert(0, str(ROOT / "train_scripts"))
 
-from base.measures import Drawings, content, looks, style_gain, subject_of
+from base.measures import Drawings, content, looks, style_gain, subject_of, through_vae
 from base.pictures import Pictures, prompt_of
 
 import vislora
@@ -64,7 +64,7 @@ def main() -> None:
     side = pictures.pixels.shape[-1]
     shown = Drawings.read(given.folder, side)
     kept = Drawings.read(given.folder.parent / "left-out" / given.folder.name, side)
-    goal, real = (looks(through_vae(pipe, part.pixels)) for part in (shown, kept))
+    goal, real = (looks(through_vae(pipe.vae, part.pixels)) for part in (shown, kept))
     vislora.load(pipe, given.adapter, name="adapter")
     subjects = [subject_of(caption, given.form) for caption in kept.captions]
     base, adapted = both(pipe, "adapter", kept.captions * given.seeds)

@@ -25,8 +25,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train_scripts"))
 
-from base.measures import hog, statistics
-from base.pictures import Pictures, as_input, prompt_of
+from base.measures import hog, statistics, through_vae
+from base.pictures import Pictures, prompt_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -67,13 +67,6 @@ def load(base: Path) -> Any:
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-@torch.no_grad()
-def through_vae(pipe: Any, pixels: Tensor) -> Tensor:
-    """Return what the VAE makes of uint8 pictures."""
-    made = [pipe.vae(as_input(part).to(pipe.device)).sample for part in pixels.split(64)]
-    return ((torch.cat(made).cpu() + 1.0) * 127.5).round().clamp(0.0, 255.0).to(torch.uint8)
 
 
 @torch.no_grad()
@@ -140,7 +133,7 @@ def main() -> None:
     prompts = [prompt_of(pictures.subjects[index], pictures.styles[index]) for index in [*trained, *unseen]]
     pipe = load(given.base)
     drawn, seconds = draw(pipe, prompts, given.batch_size)
-    found = scores(pictures, through_vae(pipe, pictures.pixels), trained, unseen, drawn)
+    found = scores(pictures, through_vae(pipe.vae, pictures.pixels), trained, unseen, drawn)
     found |= {"pictures": float(len(prompts)), f"seconds a picture, {given.batch_size} at once": round(seconds, 4)}
     print(json.dumps(found, indent=2))
     if given.report:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import torch
-from base.measures import Drawings, as_pixels, content, looks, style_gain, subject_of
+from base.measures import Drawings, as_pixels, content, looks, style_gain, subject_of, through_vae
 from PIL import Image
 
 import vislora
@@ -19,6 +19,7 @@ from vislora.config.train import TrainConfig
 from vislora.errors import VisloraError
 from vislora.jobs.inspect import as_text
 from vislora.jobs.train import run as run_train
+from vislora.models.base import load_family
 from vislora.reports.page import Part, polyline, write_page
 from vislora.reports.sheet import contact_sheet
 
@@ -106,7 +107,9 @@ def scores(rows: dict[str, list[Image.Image]]) -> list[tuple[str, ...]]:
     real = kept.pixels[[names.index(subject) for subject in subjects]]
     drawings = [(folder.pixels, [subject_of(caption, form) for caption in folder.captions]), (kept.pixels, names)]
     base, adapted = (torch.stack([as_pixels(image, SIDE) for image in rows[name]]) for name in ("base", STYLE))
-    gain = style_gain(looks(folder.pixels), looks(real), looks(base), looks(adapted))
+    vae = load_family(None, torch.float32, torch.device("cpu")).pipeline.vae
+    goal, own = (looks(through_vae(vae, pixels)) for pixels in (folder.pixels, real))
+    gain = style_gain(goal, own, looks(base), looks(adapted))
     told = content(drawings, adapted, subjects)
     print(f"    style gain {gain:.2f}, subject recognised {told:.2f}", flush=True)
     return [

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from base.pictures import as_input
 from vislora.data.scan import scan
 
 WHITE = 0.96
@@ -89,6 +91,13 @@ def looks(pixels: Tensor) -> Tensor:
     """Return the statistics of the look (n, 26)."""
     x = pixels.float() / 255.0
     return look(x, (x.amin(1) < WHITE).float())
+
+
+@torch.no_grad()
+def through_vae(vae: Any, pixels: Tensor) -> Tensor:
+    """Return what the VAE makes of uint8 pictures (n, 3, height, width): its own look then tells nothing."""
+    made = [vae(as_input(part).to(vae.device)).sample for part in pixels.split(64)]
+    return ((torch.cat(made).cpu() + 1.0) * 127.5).round().clamp(0.0, 255.0).to(torch.uint8)
 
 
 def style_gain(goal: Tensor, real: Tensor, base: Tensor, adapted: Tensor) -> float:
