@@ -332,7 +332,7 @@ def flux_pipeline(seed: int = 0, kind: str = "FluxPipeline", guidance_embeds: bo
     pipeline = getattr(diffusers, kind)(
         transformer=flux_transformer(seed, guidance_embeds=guidance_embeds, pooled_projection_dim=16),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=_scaled_vae(seed),
+        vae=scaled_vae(seed),
         text_encoder=clip_text(seed),
         tokenizer=clip_tokenizer(),
         text_encoder_2=t5_encoder(seed),
@@ -342,7 +342,8 @@ def flux_pipeline(seed: int = 0, kind: str = "FluxPipeline", guidance_embeds: bo
     return pipeline
 
 
-def _scaled_vae(seed: int, **changes: Any) -> Any:
+def scaled_vae(seed: int, **changes: Any) -> Any:
+    """Return the `AutoencoderKL` of FLUX.1, which others have too."""
     plain = {"use_quant_conv": False, "use_post_quant_conv": False}
     return vae(seed, scaling_factor=0.3611, shift_factor=0.1159, **plain, **changes)
 
@@ -411,7 +412,7 @@ def lumina2_pipeline(seed: int = 0) -> Any:
     return Lumina2Pipeline(
         transformer=seeded(build, seed).eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
-        vae=_scaled_vae(seed, halvings=3),  # a number that the pipeline knows by heart
+        vae=scaled_vae(seed, halvings=3),  # a number that the pipeline knows by heart
         text_encoder=gemma2(seed),
         tokenizer=t5_tokenizer(512),
     )
@@ -451,7 +452,17 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "pixart": pixart_pipeline,
     "lumina2": lumina2_pipeline,
     "auraflow": auraflow_pipeline,
+    "sana": lambda: _newer("sana_pipeline"),
+    "qwen-image": lambda: _newer("qwen_image_pipeline"),
+    "z-image": lambda: _newer("z_image_pipeline"),
+    "flux2": lambda: _newer("flux2_pipeline"),
 }
+
+
+def _newer(name: str, **changes: Any) -> Any:
+    from tests import tiny_dits
+
+    return getattr(tiny_dits, name)(**changes)
 
 
 def sd_v_pipeline(seed: int = 0) -> Any:
@@ -466,11 +477,18 @@ VARIANTS: dict[str, Callable[[], Any]] = {
     "flux-schnell": lambda: flux_pipeline(guidance_embeds=False),
     "pixart-alpha": lambda: pixart_pipeline(kind="PixArtAlphaPipeline", sizes=True),
     "flux-kontext": lambda: flux_pipeline(kind="FluxKontextPipeline"),
+    "z-image-base": lambda: _newer("z_image_pipeline", shift=6.0),
+    "flux2-distilled": lambda: _newer("flux2_pipeline", is_distilled=True),
 }
 """Further bases of these families."""
 
 STAPLES = ("sd", "sd3", "flux")
 """Families on which whole jobs are tested: a UNet, latents as pictures and latents as tokens. tests/models has all."""
+
+
+def side(family: str) -> int:
+    """Return the pixels of a side of the images of a pipeline here."""
+    return 64 if family == "sana" else 16
 
 
 @cache
@@ -481,7 +499,7 @@ def saved(family: str) -> Path:
     pipeline = {**PIPELINES, **VARIANTS}[family]()
     pipeline.save_pretrained(folder)
     if "sample_size" not in (pipeline.components.get("transformer") or pipeline.unet).config:
-        (folder / "vislora.json").write_text('{"resolution": 16}')  # a size that no part of the pipeline tells
+        (folder / "vislora.json").write_text(f'{{"resolution": {side(family)}}}')  # a size that no part of the pipeline tells
     return folder
 
 

@@ -120,5 +120,9 @@ FAMILIES = Registry(
         "pixart": "vislora.models.pixart:PixArt",
         "lumina2": "vislora.models.lumina2:Lumina2",
         "auraflow": "vislora.models.auraflow:AuraFlow",
+        "sana": "vislora.models.sana:Sana",
+        "qwen-image": "vislora.models.qwen_image:QwenImage",
+        "z-image": "vislora.models.z_image:ZImage",
+        "flux2": "vislora.models.flux2:Flux2",
     },
 )

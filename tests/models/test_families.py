@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from functools import cache
+from inspect import signature
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from diffusers import FluxPipeline
 from tests import tiny
 from vislora.errors import ModelError
 from vislora.models.base import Family, components_of, load_family
+from vislora.models.parts import pack
 from vislora.registry import FAMILIES
 
 torch.set_num_threads(1)
@@ -47,7 +49,7 @@ def test_a_loaded_family_is_frozen_and_keeps_the_contract(name):
         assert module is getattr(loaded.pipeline, loaded.card.attributes[component])
         assert not module.training
         assert not any(parameter.requires_grad for parameter in module.parameters())
-    assert loaded.traits.resolution == 16
+    assert loaded.traits.resolution == tiny.side(name)
     assert components_of(loaded.pipeline) == (name, dict(loaded.components))
 
 
@@ -80,6 +82,36 @@ def auraflow_prompts(pipeline):
     return {"prompt_embeds": pipeline.encode_prompt(PROMPTS, PROMPTS)[0]}
 
 
+def sana_prompts(pipeline):
+    instruction = signature(pipeline.__call__).parameters["complex_human_instruction"].default
+    assert len(instruction) > 5
+    embeds, mask, _, _ = pipeline.encode_prompt(list(PROMPTS), complex_human_instruction=instruction)
+    return {"prompt_embeds": embeds, "mask": mask}
+
+
+def padded(rows):
+    """Return rows of different lengths at the fixed one that captions are cached with."""
+    embeds, mask = torch.zeros(len(rows), 512, rows[0].shape[1]), torch.zeros(len(rows), 512, dtype=torch.long)
+    for row, text, length in zip(embeds, rows, map(len, rows), strict=True):
+        row[:length] = text
+    for row, length in zip(mask, map(len, rows), strict=True):
+        row[:length] = 1
+    return {"prompt_embeds": embeds, "mask": mask}
+
+
+def qwen_image_prompts(pipeline):
+    embeds, mask = pipeline.encode_prompt(PROMPTS)
+    return padded([row[kept.bool()] for row, kept in zip(embeds, mask, strict=True)])
+
+
+def z_image_prompts(pipeline):
+    return padded(pipeline.encode_prompt(list(PROMPTS))[0])
+
+
+def flux2_prompts(pipeline):
+    return {"prompt_embeds": pipeline.encode_prompt(PROMPTS)[0]}
+
+
 ENCODED = {
     "sd": sd_prompts,
     "sdxl": sdxl_prompts,
@@ -89,6 +121,10 @@ ENCODED = {
     "pixart": masked_prompts,
     "lumina2": masked_prompts,
     "auraflow": auraflow_prompts,
+    "sana": sana_prompts,
+    "qwen-image": qwen_image_prompts,
+    "z-image": z_image_prompts,
+    "flux2": flux2_prompts,
 }
 
 
@@ -113,22 +149,29 @@ def test_a_caption_is_encoded_alone_as_in_a_batch(name):
 
 def as_latents(name, given):
     """Return what a denoiser takes or gives as latents; the pipeline knows how it packed them."""
-    return FluxPipeline._unpack_latents(given, 16, 16, 2) if name == "flux" else given
+    if name in ("flux", "qwen-image"):
+        return FluxPipeline._unpack_latents(given, 16, 16, 2)
+    if name.startswith("flux2"):
+        return given.view(2, 4, 4, -1).permute(0, 3, 1, 2)
+    return torch.stack(list(given)).squeeze(2) if name.startswith("z-image") else given
 
 
 def as_pipeline_reads(name, out):
     """Return the part and the sign of the denoiser's output that the pipeline hands to its scheduler."""
-    return -out if name == "lumina2" else out.chunk(2, dim=1)[0] if name.startswith("pixart") else as_latents(name, out)
+    found = as_latents(name, out)
+    if name == "lumina2" or name.startswith("z-image"):
+        return -found
+    return found.chunk(2, dim=1)[0] if name.startswith("pixart") else found
 
 
-def started(loaded):
+def started(name, loaded):
     """Return what a run of three steps begins with: a size, or for one that refines images, an image."""
     if loaded.card.from_text:
-        return {"num_inference_steps": 3, "width": 16, "height": 16}
+        return {"num_inference_steps": 3, "width": tiny.side(name), "height": tiny.side(name)}
     return {"num_inference_steps": 3, "strength": 1.0, "image": torch.rand(2, 3, 16, 16)}
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "pixart-alpha"])
+@pytest.mark.parametrize("name", [*FAMILIES, "pixart-alpha", "z-image-base", "flux2-distilled"])
 def test_predict_is_what_the_pipeline_computes(name):
     loaded = family(name)
     seen = []
@@ -139,10 +182,10 @@ def test_predict_is_what_the_pipeline_computes(name):
     try:
         with torch.no_grad():
             loaded.pipeline(
-                ["a red cat", "the house"],
-                guidance_scale=1.0,
+                prompt=["a red cat", "the house"],
+                **{loaded.card.guidance: loaded.card.guidance_off},
                 output_type="latent",
-                **started(loaded),
+                **started(name, loaded),
                 generator=torch.Generator().manual_seed(0),
                 **loaded.card.always,
             )
@@ -152,32 +195,69 @@ def test_predict_is_what_the_pipeline_computes(name):
     with torch.no_grad():
         conditioning = loaded.encode_prompt(["a red cat", "the house"])
     for (args, kwargs, out), t in zip(seen, loaded.pipeline.scheduler.timesteps, strict=True):
-        noisy = as_latents(name, args[0] if args else kwargs["hidden_states"])
+        noisy = as_latents(name, args[0] if args else kwargs["hidden_states"])  # a list for Z-Image
         with torch.no_grad():
             predicted = loaded.predict(noisy, t.expand(2), conditioning)
         assert (predicted - as_pipeline_reads(name, out[0])).abs().max() <= 1e-6
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_images_are_encoded_as_the_pipeline_decodes_them(name):
+# whose latents are no scaled mode of an AutoencoderKL
+OWN_LATENTS = {
+    "sana": lambda vae, pixels: vae.encode(pixels).latent * vae.config.scaling_factor,
+    "qwen-image": lambda vae, pixels: (
+        (vae.encode(pixels.unsqueeze(2)).latent_dist.mode()[:, :, 0].movedim(1, -1) - torch.tensor(vae.config.latents_mean))
+        / torch.tensor(vae.config.latents_std)
+    ).movedim(-1, 1),
+}
+
+
+def scaled_mode(vae, pixels):
+    return (vae.encode(pixels).latent_dist.mode() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "flux2"])
+def test_images_are_encoded_as_the_vae_says(name):
     loaded = family(name)
-    vae, config = loaded.pipeline.vae, loaded.pipeline.vae.config
-    pixels = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    latents = loaded.encode_image(pixels)
-    shift = config.shift_factor or 0.0
-    with torch.no_grad():
-        mode = vae.encode(pixels).latent_dist.mode()
-        decoded = vae.decode(latents / config.scaling_factor + shift)[0]
-    assert torch.equal(latents, (mode - shift) * config.scaling_factor)
     factor = loaded.pipeline.vae_scale_factor
-    assert latents.shape == (2, 4, 16 // factor, 24 // factor)
-    assert decoded.shape == pixels.shape
+    height, width = tiny.side(name), tiny.side(name) * 3 // 2
+    pixels = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    latents = loaded.encode_image(pixels)
+    with torch.no_grad():
+        expected = OWN_LATENTS.get(name, scaled_mode)(loaded.pipeline.vae, pixels)
+    assert torch.allclose(latents, expected, rtol=0, atol=0 if name not in OWN_LATENTS else 1e-6)
+    assert latents.shape == (2, 4, height // factor, width // factor)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "sdxl-refiner"])
+def test_latents_are_those_that_the_pipeline_decodes(name):
+    """Our latents of a picture, handed to the pipeline for no steps at all, come out as the VAE's own round trip."""
+    loaded = family(name)
+    seen = []
+    vae, side = loaded.pipeline.vae, tiny.side(name)
+    pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        encoded = vae.encode(pixels.unsqueeze(2) if name == "qwen-image" else pixels)
+        plain = encoded.latent if name == "sana" else encoded.latent_dist.mode()
+    loaded_decode = vae.decode
+    vae.decode = lambda given, *args, **kwargs: (seen.append(given), loaded_decode(given, *args, **kwargs))[1]
+    denoise = loaded.pipeline.scheduler.step
+    latents = loaded.encode_image(pixels)
+    packed = {"flux": pack, "qwen-image": pack, "flux2": lambda given: given.flatten(2).mT}
+    given = packed.get(name, lambda same: same)(latents)
+    loaded.pipeline.scheduler.step = lambda *_, **__: (given,)
+    try:
+        with torch.no_grad():
+            loaded.pipeline(prompt=["a", "b"], **{**started(name, loaded), "num_inference_steps": 2}, **loaded.card.always)
+    finally:
+        del vae.decode
+        loaded.pipeline.scheduler.step = denoise
+    assert (torch.cat(seen) - plain).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_half_precision_bases_give_float32_latents_and_predictions_run(name):
     loaded = load_family(tiny.saved(name), torch.bfloat16, CPU)
-    latents = loaded.encode_image(torch.zeros(1, 3, 16, 16))
+    latents = loaded.encode_image(torch.zeros(1, 3, tiny.side(name), tiny.side(name)))
     assert latents.dtype == torch.float32
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         t = loaded.objective.sample_t(latents.shape, torch.Generator().manual_seed(0))

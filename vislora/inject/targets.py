@@ -18,20 +18,24 @@ from vislora.errors import ConfigError, listed, nearest
 from vislora.inject.fused import FUSED, can_fuse, idle_layers
 
 _ATTENTION = (
-    r"to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|to_qkv|"  # diffusers
+    r"to_[qkv]|to_out(\.0)?|add_[qkv]_proj|to_add_out|to_qkv(_mlp_proj)?|"  # diffusers; FLUX.2 has both in one layer
     r"[qkv]_proj|out_proj|o_proj|"  # CLIP, SigLIP, DINO, LLMs
     r"query|key|value|attention\.output\.dense|attention\.o_proj|qkv|attn\.proj|"  # ViT, Swin, timm
     r"SelfAttention\.[qkvo]|EncDecAttention\.[qkvo]"  # T5
 )
 _FEED_FORWARD = (
     r"ff(_context)?\.net\.(0\.proj|2)|proj_mlp|(?<=\.)proj_(in|out)|"  # diffusers; at the top it is the model's output
-    r"ff(_context)?\.(linear_[12]|out_projection)|feed_forward\.linear_[123]|"  # AuraFlow, Lumina 2
+    r"ff(_context)?\.(linear_[12]|out_projection)|feed_forward\.(linear_|w)[123]|"  # AuraFlow; Lumina 2, Z-Image
+    r"ff(_context)?\.linear_(in|out)|(img|txt)_mlp\.net\.(0\.proj|2)|"  # FLUX.2; Qwen-Image
+    r"ff\.conv_(inverted|point)|"  # Sana
     r"mlp\.fc[12]|intermediate\.dense|\d+\.output\.dense|gate_proj|up_proj|down_proj|"  # transformers
     r"DenseReluDense\.w[io](_[01])?"  # T5
 )
 _CONV = (
     r"resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)|(down|up)samplers\.\d+\.conv|"
-    r"(norm|norm1|norm1_context)\.linear"
+    r"(norm|norm1|norm1_context)\.linear|"
+    r"(img|txt)_mod\.1|adaLN_modulation\.0|blocks\.\d+\.adaLN_modulation\.1|"  # Qwen-Image; Z-Image; Peebles and Xie
+    r"(double|single)_stream_modulation(_img|_txt)?\.linear"  # FLUX.2
 )
 
 PRESETS: dict[str, tuple[str, ...]] = {

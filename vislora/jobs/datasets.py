@@ -19,7 +19,7 @@ from vislora.data.scan import Example, scan
 from vislora.errors import ConfigError
 from vislora.jobs.plan import Plan
 from vislora.jobs.run_folder import RunFolder
-from vislora.models.base import Family
+from vislora.models.base import Family, tokenizers_of
 from vislora.models.sampling import cut_off, vae_as
 from vislora.records import Note, Record
 
@@ -113,7 +113,6 @@ def _text_fingerprint(family: Family) -> str:
     for component, module in family.components.items():
         if component != "denoiser":
             digest.update(weights_fingerprint(module, str(module.dtype)).encode())
-    for name, part in sorted(family.pipeline.components.items()):
-        if name.startswith("tokenizer") and part is not None:
-            digest.update(repr((part.model_max_length, sorted(part.get_vocab().items()))).encode())
+    for tokenizer in tokenizers_of(family.pipeline).values():
+        digest.update(repr((tokenizer.model_max_length, sorted(tokenizer.get_vocab().items()))).encode())
     return digest.hexdigest()

@@ -30,7 +30,8 @@ class Card:
     """What a family is recognised by, and how its pipelines are called.
 
     `attributes`: component of an adapter -> attribute of the pipeline. `guidance`: the argument that takes the guidance
-    scale. `negative_prompt`: whether one is read. `prompt_tokens`: how many the pipeline reads at most.
+    scale, which is off at `guidance_off` there. `negative_prompt`: whether one is read; `empty_negative`: what stands for
+    none where the pipeline guides only with one. `prompt_tokens`: how many the pipeline reads at most.
     `always`: arguments that every call gets. `from_text`: whether it makes images from a prompt alone.
     """
 
@@ -39,7 +40,9 @@ class Card:
     denoiser: str
     attributes: Mapping[str, str]
     guidance: str = "guidance_scale"
+    guidance_off: float = 1.0
     negative_prompt: bool = True
+    empty_negative: str = ""
     prompt_tokens: int = 256
     always: Mapping[str, Any] = field(default_factory=dict)
     from_text: bool = True
@@ -226,9 +229,18 @@ def _loaded(family: type[Family], path: Path, dtype: torch.dtype, device: torch.
         raise ModelError(f"base {path} cannot be loaded: {first}") from error
 
 
+def tokenizers_of(pipeline: Any) -> dict[str, Any]:
+    """Return the tokenizers of a pipeline by its names for them; one inside a processor is taken out."""
+    return {
+        name: getattr(part, "tokenizer", part)
+        for name, part in sorted(pipeline.components.items())
+        if name.startswith("tokenizer") and part is not None
+    }
+
+
 def _require_words(pipeline: Any) -> None:
-    for name, part in pipeline.components.items():
-        if name.startswith("tokenizer") and part is not None and len(part) <= len(part.all_special_tokens):
+    for name, tokenizer in tokenizers_of(pipeline).items():
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise ModelError(f"its {name} knows no words: files are missing in that folder")
 
 

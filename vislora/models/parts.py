@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -42,6 +43,26 @@ def grid_ids(latents: Tensor, first: int = 0) -> Tensor:
     rows, columns = (torch.arange(side // PATCH, device=latents.device) for side in latents.shape[-2:])
     picture = torch.full((1,), first, device=latents.device)
     return torch.cartesian_prod(picture, rows, columns).float()
+
+
+def pad_rows(rows: Sequence[Tensor], length: int) -> dict[str, Tensor]:
+    """Return texts (tokens, width) of any lengths as `prompt_embeds` (batch, `length`, width), zero behind each.
+
+    `mask` (batch, `length`) is 1 where there is text. The length is fixed, so that captions are cached one by one.
+    """
+    embeds = rows[0].new_zeros(len(rows), length, rows[0].shape[-1])
+    mask = torch.zeros(len(rows), length, dtype=torch.long, device=embeds.device)
+    for index, row in enumerate(rows):
+        embeds[index, : len(row)] = row
+        mask[index, : len(row)] = 1
+    return {"prompt_embeds": embeds, "mask": mask}
+
+
+def trimmed(conditioning: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the embeds and the mask that `pad_rows` made, as far as the longest text goes."""
+    embeds, mask = conditioning["prompt_embeds"], conditioning["mask"]
+    longest = int(mask.sum(1).max())
+    return embeds[:, :longest], mask[:, :longest]
 
 
 def flow_of(scheduler: Any, patch: int = PATCH) -> Flow:

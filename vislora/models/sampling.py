@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vislora.errors import ConfigError
-from vislora.models.base import Family, quiet
+from vislora.models.base import Card, Family, quiet, tokenizers_of
 from vislora.models.parts import image_step
 from vislora.models.schedulers import scheduler_for
 
@@ -48,9 +48,7 @@ def make_images(family: Family, shots: Sequence[Shot], how: Sampling, batch_size
         )
     for start in range(0, len(shots), batch_size):
         batch = shots[start : start + batch_size]
-        asked: dict[str, Any] = {**family.card.always, family.card.guidance: how.guidance_scale}
-        if family.card.negative_prompt and any(shot.negative_prompt for shot in batch):
-            asked["negative_prompt"] = [shot.negative_prompt for shot in batch]
+        asked = {**family.card.always, **_guided(family.card, [shot.negative_prompt for shot in batch], how)}
         with quiet(), torch.inference_mode(), _scheduler(family, how.scheduler):
             made = family.pipeline(
                 prompt=[shot.prompt for shot in batch],
@@ -63,6 +61,15 @@ def make_images(family: Family, shots: Sequence[Shot], how: Sampling, batch_size
         yield made.images
 
 
+def _guided(card: Card, negative: Sequence[str], how: Sampling) -> dict[str, Any]:
+    """Return the arguments that guide: the scale, counted as the pipeline counts it, and the negative prompts."""
+    scale = max(0.0, how.guidance_scale - 1 + card.guidance_off)
+    asked: dict[str, Any] = {card.guidance: scale}
+    if card.negative_prompt and (any(negative) or (card.empty_negative and how.guidance_scale > 1)):
+        asked["negative_prompt"] = [given or card.empty_negative for given in negative]
+    return asked
+
+
 def picture_step(family: Family) -> int:
     """Return the number of pixels that the sides of an image must be a multiple of."""
     return image_step(family.pipeline)
@@ -70,8 +77,7 @@ def picture_step(family: Family) -> int:
 
 def cut_off(family: Family, prompts: Iterable[str]) -> list[str]:
     """Return, for each prompt that is too long for every text encoder of the base, the end of it that is not read."""
-    parts = [part for name, part in family.pipeline.components.items() if name.startswith("tokenizer") and part]
-    longest = max(parts, key=lambda part: part.model_max_length)
+    longest = max(tokenizers_of(family.pipeline).values(), key=lambda part: part.model_max_length)
     limit = min(longest.model_max_length, family.card.prompt_tokens)
     found = []
     with quiet():

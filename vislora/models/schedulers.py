@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from vislora.errors import ConfigError, nearest
 
-DIFFUSION: dict[str, tuple[str, dict[str, Any]]] = {
+Kinds = Mapping[str, tuple[str, dict[str, Any]]]
+
+DIFFUSION: Kinds = {
     "dpm++": ("DPMSolverMultistepScheduler", {}),
     "dpm++-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     "ddim": ("DDIMScheduler", {}),
@@ -17,26 +20,42 @@ DIFFUSION: dict[str, tuple[str, dict[str, Any]]] = {
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
-FLOW: dict[str, tuple[str, dict[str, Any]]] = {
+FLOW: Kinds = {
     "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}),
     "flow-heun": ("FlowMatchHeunDiscreteScheduler", {}),
 }
+SOLVED: Kinds = {
+    "flow-dpm++": ("DPMSolverMultistepScheduler", {}),
+    "flow-unipc": ("UniPCMultistepScheduler", {}),
+    "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}),
+}
+"""Of flow models whose own scheduler is a diffusion solver on a flow's noise levels, as Sana's is."""
 
 
 def scheduler_for(pipeline: Any, name: str) -> Any:
-    """Return a fresh scheduler. `auto`: dpm++ for a diffusion model, the model's own kind for a flow model.
+    """Return a fresh scheduler. `auto`: dpm++ for a diffusion model, flow-euler or flow-dpm++ for a flow model.
 
     Raises `ConfigError` for an unknown name, or one of the other kind.
     """
     import diffusers
 
     config = pipeline.scheduler.config
-    is_flow = "FlowMatch" in type(pipeline.scheduler).__name__
-    fitting, other = (FLOW, DIFFUSION) if is_flow else (DIFFUSION, FLOW)
+    fitting, other = _kinds(pipeline.scheduler)
     if name == "auto":
         name = next(iter(fitting))
     if name not in fitting:
         reason = "is of another kind of model" if name in other else f"is unknown{nearest(name, fitting)}"
         raise ConfigError(f"scheduler '{name}' {reason}; this base takes: auto, {', '.join(fitting)}")
     class_name, options = fitting[name]
+    if fitting is SOLVED and name == "flow-euler":
+        options = {"shift": config.flow_shift}
     return getattr(diffusers, class_name).from_config(config, **options)
+
+
+def _kinds(own: Any) -> tuple[Kinds, Kinds]:
+    """Return the samplers that fit a model whose own is `own`, and those that do not."""
+    if "FlowMatch" in type(own).__name__:
+        return FLOW, {**DIFFUSION, **SOLVED}
+    if own.config.get("use_flow_sigmas"):
+        return SOLVED, {**DIFFUSION, **FLOW}
+    return DIFFUSION, {**FLOW, **SOLVED}
