@@ -499,7 +499,9 @@ def saved(family: str) -> Path:
     pipeline = {**PIPELINES, **VARIANTS}[family]()
     pipeline.save_pretrained(folder)
     if "sample_size" not in (pipeline.components.get("transformer") or pipeline.unet).config:
-        (folder / "vislora.json").write_text(f'{{"resolution": {side(family)}}}')  # a size that no part of the pipeline tells
+        (folder / "vislora.json").write_text(
+            f'{{"resolution": {side(family)}}}'
+        )  # a size that no part of the pipeline tells
     return folder
 
 

@@ -38,7 +38,7 @@ def training_set(examples, tmp_path):
         cache = Cache(tmp_path / "cache")
         wanted = views(examples, assign(examples, 64, 8), fingerprint="vae", flip=flip)
         value_of(cache_latents(cache, wanted, lambda pixels: pixels[:, :, ::8, ::8]))
-        keys = value_of(cache_texts(cache, [e.caption for e in examples], encode_text, fingerprint="clip"))
+        keys = value_of(cache_texts(cache, ["", *(e.caption for e in examples)], encode_text, fingerprint="clip"))
         return TrainingSet(cache, wanted, keys if text else None, seed=5, caption_dropout=dropout)
 
     return build

@@ -25,6 +25,9 @@ class DataConfig(Section):
     folder: Path
     """The folder of training images; subfolders are included."""
 
+    sources: Path | None = None
+    """Folder of source images, each named as its training image is: pairs for a base that edits images."""
+
     recursive: bool = True
     """Read subfolders too."""
 

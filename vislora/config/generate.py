@@ -24,6 +24,8 @@ class GenerateConfig(ComposedStackConfig):
     """Folder for the images."""
     base: str = ""
     """Base model: a diffusers folder or hub name. Default: the embedded small base."""
+    source: Path | None = None
+    """The image to edit, for a base that edits (FLUX.1 Kontext, FLUX.2, Qwen-Image-Edit); cut to the picture's size."""
     negative_prompt: str = ""
     """What the images should not show."""
     seed: int = Field(0, ge=0, lt=2**63)

@@ -24,6 +24,8 @@ class TrainingSet(Dataset):
     `views`: as `encode.views` returned them. `text_keys`: caption -> key, as `cache_texts` returned it, or None when
     the text encoders are trained and need the captions themselves. `caption_dropout`: the chance, 0 to 1, that an
     example is seen with the empty caption. `priors`: caption -> those for which the base's prediction is kept, or None.
+    `sources`: for each example the views of its source image, as many as its own, or None. `seen`: the text encoder
+    sees them too, so that `text_keys` has `text_name(caption, view of the source)`.
     """
 
     def __init__(
@@ -35,33 +37,43 @@ class TrainingSet(Dataset):
         seed: int = 0,
         caption_dropout: float = 0.0,
         priors: Mapping[str, Sequence[str]] | None = None,
+        sources: Sequence[Sequence[View]] | None = None,
+        seen: bool = False,
     ) -> None:
         self.cache, self.views, self.text_keys = cache, views, text_keys
+        self.sources, self.seen = sources, seen
         self.seed, self.caption_dropout, self.priors = seed, caption_dropout, priors
 
     def __len__(self) -> int:
         return len(self.views)
 
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
-        """Return the example at (index, visit): `latents`, `caption`, `text`, the sizes; with priors, one's as well."""
+        """Return the example at (index, visit): `latents`, `caption`, `text`, the sizes.
+
+        With priors, one's as well; with sources, the latents of its own as `source`.
+        """
         index, visit = place
         its_views = self.views[index]
-        view = its_views[int(draw(self.seed, visit, "view", index) * len(its_views))]
+        chosen = int(draw(self.seed, visit, "view", index) * len(its_views))
+        view, source = its_views[chosen], None if self.sources is None else self.sources[index][chosen]
         dropped = is_dropped(self.seed, visit, index, self.caption_dropout)
         caption = "" if dropped else view.example.caption
         stored = self._read(view.key, f"the latents of {view.example.path}")
         target = torch.tensor([view.bucket.height, view.bucket.width])
-        found = {**stored, "target_size": target, "caption": caption, "text": self._text(caption)}
+        found = {**stored, "target_size": target, "caption": caption, "text": self._text(caption, source)}
+        if source is not None:
+            found["source"] = self._read(source.key, f"the latents of {source.example.path}")["latents"]
         if self.priors is not None:
             others = self.priors[view.example.caption]
             prior = others[int(draw(self.seed, visit, "prior", index) * len(others))]
-            found |= {"prior_caption": prior, "prior_text": self._text(prior)}
+            found |= {"prior_caption": prior, "prior_text": self._text(prior, source)}
         return found
 
-    def _text(self, caption: str) -> Tensors | None:
+    def _text(self, caption: str, source: View | None) -> Tensors | None:
         if self.text_keys is None:
             return None
-        return self._read(self.text_keys.get(caption, ""), f"the features of the caption {caption!r}")
+        name = text_name(caption, source if self.seen else None)
+        return self._read(self.text_keys.get(name, ""), f"the features of the caption {caption!r}")
 
     def batch(self, batch: Batch) -> dict[str, Any]:
         """Return the collated tensors of a batch (see `collate`). Raises `DataError` when the cache lost an entry."""
@@ -79,6 +91,11 @@ class TrainingSet(Dataset):
         return tensors
 
 
+def text_name(caption: str, source: View | None) -> str:
+    """Return what the features of a caption are called, and with them the source image that the text encoder saw."""
+    return caption if source is None else f"{caption}\n{source.key}"
+
+
 def is_dropped(seed: int, visit: int, index: int, probability: float) -> bool:
     """Say whether the example at `index` is seen without its caption on this visit."""
     return draw(seed, visit, "caption", index) < probability
@@ -89,8 +106,8 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns `latents` (batch, channels, height, width); `original_size`, `crop_top_left` and `target_size`, each
     (batch, 2) as (height, width) or (top, left); `captions`, a list of strings; `text`, features by name with a batch
-    dimension in front, or None; with priors, `prior_captions` and `prior_text` too. Raises `DataError` when shapes
-    differ.
+    dimension in front, or a list of them where they have different lengths, or None; with priors, `prior_captions` and
+    `prior_text` too; with sources, `source` (batch, channels, height, width). Raises `DataError` when shapes differ.
     """
     plain = [name for name, value in items[0].items() if isinstance(value, Tensor)]
     result: dict[str, Any] = {name: _stacked(name, [item[name] for item in items]) for name in plain}
@@ -101,10 +118,14 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _features(items: Sequence[Mapping[str, Tensor] | None]) -> dict[str, Tensor] | None:
+def _features(items: Sequence[Mapping[str, Tensor] | None]) -> dict[str, Tensor | list[Tensor]] | None:
     if items[0] is None:
         return None
-    return {name: _stacked(name, [item[name] for item in items if item is not None]) for name in items[0]}
+    rows = {name: [item[name] for item in items if item is not None] for name in items[0]}
+    return {
+        name: list(found) if len({row.shape for row in found}) > 1 else torch.stack(found)
+        for name, found in rows.items()
+    }
 
 
 def counts(examples: Iterable[Example], buckets: Mapping[Bucket, Sequence[int]]) -> dict[str, int]:

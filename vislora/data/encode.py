@@ -24,6 +24,7 @@ from vislora.errors import DataError, listed
 from vislora.records import Progress
 
 Item = TypeVar("Item")
+Rows = Tensor | Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -122,18 +123,18 @@ def text_key(caption: str, fingerprint: str) -> str:
 def cache_texts(
     cache: Cache,
     captions: Iterable[str],
-    encode: Callable[[list[str]], Mapping[str, Tensor]],
+    encode: Callable[[list[str]], Mapping[str, Rows]],
     *,
     fingerprint: str,
     batch_size: int = 8,
 ) -> Generator[Progress, None, dict[str, str]]:
-    """Encode every caption that `cache` does not have, and the empty one; yield progress; return caption -> key.
+    """Encode every caption that `cache` does not have; yield progress; return caption -> key.
 
-    `encode`: captions -> features by name, each (batch, ...) with one row per caption. A row must not depend on the
-    others of its batch, so pad to a fixed length. An entry holds the rows, without the batch dimension.
+    `encode`: captions -> features by name, each a tensor (batch, ...) or a list of tensors, with one row per caption. A
+    row must not depend on the others of its batch. An entry holds the rows, without the batch dimension.
     Raises `DataError` when features are not finite or have another number of rows.
     """
-    keys = {caption: text_key(caption, fingerprint) for caption in dict.fromkeys(["", *captions])}
+    keys = {caption: text_key(caption, fingerprint) for caption in dict.fromkeys(captions)}
     todo = [caption for caption, key in keys.items() if cache.get(key) is None]
     done = len(keys) - len(todo)
     yield Progress("caching captions", done, len(keys))
@@ -194,7 +195,7 @@ def _encoded(encode: Callable[[Tensor], Tensor], pixels: Tensor, part: list[View
     return latents
 
 
-def _check_rows(what: str, rows: Tensor, names: list[str]) -> None:
+def _check_rows(what: str, rows: Rows, names: list[str]) -> None:
     if len(rows) != len(names):
         raise DataError(f"{what} have {len(rows)} rows for {len(names)} inputs")
     bad = [name for name, row in zip(names, rows, strict=True) if row.is_floating_point() and not row.isfinite().all()]

@@ -45,7 +45,7 @@ class ScanResult:
 
 
 @dataclass(frozen=True)
-class _Checked:
+class Checked:
     """What decoding an image showed; `bad` is the reason why it cannot be used."""
 
     path: Path
@@ -76,7 +76,7 @@ def scan(
     listing = list_folder(folder, recursive)
     if not listing.images and not listing.unsupported:
         raise DataError(_no_images(listing))
-    checked = _check_all(listing.images)
+    checked = check_images(listing.images)
     bad = [(item.path, item.bad) for item in checked if item.bad]
     bad += [(path, f"{path.suffix} is not supported; save it as PNG, JPEG or WebP") for path in listing.unsupported]
     found = read_captions(listing, captions)
@@ -99,21 +99,22 @@ def dataset_hash(examples: Iterable[Example]) -> str:
     return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()
 
 
-def _check_all(paths: list[Path]) -> list[_Checked]:
+def check_images(paths: list[Path]) -> list[Checked]:
+    """Decode every image once, and say of each how large it is or why it cannot be used."""
     # Pillow warns from 89 million pixels on; the limit here is stricter than its error and told as such.
     with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return list(pool.map(_check, paths))
 
 
-def _check(path: Path) -> _Checked:
+def _check(path: Path) -> Checked:
     try:
         width, height = decode(path).size
-        return _Checked(path, width, height, files.sha256(path), is_animated(path))
+        return Checked(path, width, height, files.sha256(path), is_animated(path))
     except BadImage as error:
-        return _Checked(path, bad=str(error))
+        return Checked(path, bad=str(error))
     except OSError as error:
-        return _Checked(path, bad=f"cannot be read: {error.strerror or error}")
+        return Checked(path, bad=f"cannot be read: {error.strerror or error}")
 
 
 def _raise_problems(listing: Listing, found: Captions, bad: list[tuple[Path, str]], missing: dict[Path, str]) -> None:
@@ -148,7 +149,7 @@ def _no_images(listing: Listing) -> str:
     return f"{text}; put some there ({known}) or give another folder with --data.folder"
 
 
-def _notes(listing: Listing, found: Captions, usable: list[_Checked], missing: dict[Path, str]) -> list[str]:
+def _notes(listing: Listing, found: Captions, usable: list[Checked], missing: dict[Path, str]) -> list[str]:
     notes = list(found.notes)
     if missing:
         notes.append(f"{len(missing)} image(s) without a caption: {shortened(map(listing.name, missing))}")

@@ -5,30 +5,32 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from vislora.data.buckets import Bucket, assign, bucket_notes, bucket_summary
 from vislora.data.cache import Cache, weights_fingerprint
 from vislora.data.captions import without_trigger
-from vislora.data.dataset import TrainingSet
-from vislora.data.encode import cache_latents, cache_texts, views
+from vislora.data.dataset import TrainingSet, text_name
+from vislora.data.encode import View, cache_latents, cache_texts, views
+from vislora.data.pairs import find_sources, source_views
 from vislora.data.sampler import Sampler
-from vislora.data.scan import Example, scan
+from vislora.data.scan import Example, ScanResult, scan
 from vislora.errors import ConfigError
 from vislora.jobs.plan import Plan
 from vislora.jobs.run_folder import RunFolder
-from vislora.models.base import Family, tokenizers_of
+from vislora.models.base import Family, ReadsSource, tokenizers_of
 from vislora.models.sampling import cut_off, vae_as
 from vislora.records import Note, Record
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Examples with everything cached."""
+    """Examples with everything cached. `sources`: the image that each is made from, or none at all."""
 
     examples: list[Example]
+    sources: list[Example]
     buckets: Mapping[Bucket, list[int]]
     dataset: TrainingSet
     sampler: Sampler
@@ -59,6 +61,7 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
     for line in [*found.notes, *bucket_notes(found.examples, buckets), *bucket_summary(buckets)]:
         yield Note(line)
     yield from _told(family, found.examples)
+    sources = yield from _sources(plan, family, found)
     cache = Cache(data.cache or folder.root / "cache")
     wanted = views(
         found.examples,
@@ -68,18 +71,82 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
         flip=data.flip,
         background=data.background_rgb,
     )
+    shown = source_views(wanted, sources) if sources else None
     with vae_as(family, torch.float32):
-        yield from cache_latents(cache, wanted, family.encode_image, batch_size=8)
-    captions = [example.caption for example in found.examples]
-    priors = _priors(captions, config.prior.replace)
+        yield from cache_latents(cache, [*wanted, *(shown or [])], family.encode_image, batch_size=8)
+    priors = _priors([example.caption for example in found.examples], config.prior.replace)
+    seen = shown if family.traits.source == "latents and text" else None
     keys = None
     if not config.adapter.text_encoders:
-        captions += [other for others in (priors or {}).values() for other in others]
-        keys = yield from cache_texts(cache, captions, family.encode_prompt, fingerprint=_text_fingerprint(family))
-    dropout = data.caption_dropout
-    dataset = TrainingSet(cache, wanted, keys, seed=config.seed, caption_dropout=dropout, priors=priors)
+        keys = yield from _cache_texts(cache, family, _texts(wanted, seen, priors))
+    dataset = TrainingSet(
+        cache,
+        wanted,
+        keys,
+        seed=config.seed,
+        caption_dropout=data.caption_dropout,
+        priors=priors,
+        sources=shown,
+        seen=seen is not None,
+    )
     sampler = Sampler(buckets, plan.batch_size, config.seed, data.repeats)
-    return Prepared(found.examples, buckets, dataset, sampler)
+    return Prepared(found.examples, sources, buckets, dataset, sampler)
+
+
+def _sources(plan: Plan, family: Family, found: ScanResult) -> Generator[Record, None, list[Example]]:
+    """Return the source image of each example, or none. Raises `ConfigError` where they do not go with the base."""
+    data, kind = plan.config.data, family.traits.source
+    if data.sources is None:
+        if kind == "latents and text":
+            raise ConfigError(
+                "data.sources: this base edits images: give the folder of those that training starts from"
+            )
+        if kind:
+            yield Note("no data.sources: this base could edit images; it is trained to make them from captions alone")
+        return []
+    if not kind:
+        name = family.card.name
+        raise ConfigError(
+            f"data.sources: a base of family '{name}' edits no images; FLUX.1 Kontext, FLUX.2 and Qwen-Image-Edit do"
+        )
+    if kind == "latents and text" and plan.config.adapter.text_encoders:
+        raise ConfigError("adapter.text_encoders: that of this base sees the images too, and is not trained")
+    left_out = [path for path, _ in found.skipped]
+    return find_sources(found.examples, data.folder, data.sources, recursive=data.recursive, left_out=left_out)
+
+
+Texts = dict[str, tuple[str, View | None]]
+
+
+def _texts(
+    wanted: Sequence[Sequence[View]],
+    sources: Sequence[Sequence[View]] | None,
+    priors: Mapping[str, Sequence[str]] | None,
+) -> Texts:
+    """Return, by their names, all texts that training reads: captions, the empty one, priors; with what is seen."""
+    texts: Texts = {}
+    for index, its_views in enumerate(wanted):
+        caption = its_views[0].example.caption
+        for source in [None] if sources is None else sources[index]:
+            for text in ("", caption, *(priors or {}).get(caption, ())):
+                texts[text_name(text, source)] = text, source
+    return texts
+
+
+def _cache_texts(cache: Cache, family: Family, texts: Texts) -> Generator[Record, None, dict[str, str]]:
+    """Encode what the cache does not have of `texts`, with the images that the text encoder sees beside them."""
+
+    def encode(names: list[str]) -> Mapping[str, Any]:
+        captions = [texts[name][0] for name in names]
+        sources = [source.pixels() for name in names if (source := texts[name][1]) is not None]
+        if not sources:
+            return family.encode_prompt(captions)
+        return cast(ReadsSource, family).encode_prompt(captions, torch.stack(sources))
+
+    # images of one batch must be of one size
+    size = 8 if all(source is None for _, source in texts.values()) else 1
+    fingerprint = _text_fingerprint(family)
+    return (yield from cache_texts(cache, texts, encode, fingerprint=fingerprint, batch_size=size))
 
 
 def _priors(captions: Sequence[str], replace: Mapping[str, Sequence[str]]) -> dict[str, list[str]] | None:

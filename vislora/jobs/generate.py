@@ -17,11 +17,12 @@ from vislora.inject.strength import Strength
 from vislora.jobs.pipelines import explain
 from vislora.jobs.prompts import Prompt, find_adapter, label_adapters, parse_adapter, parse_prompt, read_prompts
 from vislora.jobs.recipes import read_recipe, threads, versions
+from vislora.jobs.sources import Source
 from vislora.jobs.stacks import label_once
 from vislora.jobs.strengths import declared
 from vislora.jobs.studio import Job, Picture, Studio, batches, free_numbers, make, open_studio, save_numbered
 from vislora.models.base import Family
-from vislora.models.sampling import Sampling, Shot, cut_off, picture_step
+from vislora.models.sampling import Sampling, Shot, cut_off, picture_step, require_source
 from vislora.models.schedulers import scheduler_for
 from vislora.records import Done, Note, Progress, Record, result
 from vislora.registry import COMPOSITIONS
@@ -44,6 +45,8 @@ def run(config: GenerateConfig) -> Iterator[Record]:
     labels, paths = label_adapters(named, config.adapters)
     studio = open_studio(config.base, config.device, config.precision)
     how = sampling(studio.family, config)
+    studio.source = None if config.source is None else Source.of(config.source)
+    require_source(studio.family, config.source is not None)
     for label, path in paths.items():
         yield from studio.load(label, path, config.allow_partial, config.allow_pickle)
     studio.set_composition(config.compose)
@@ -57,9 +60,9 @@ def run(config: GenerateConfig) -> Iterator[Record]:
     for end in cut_off(studio.family, [config.negative_prompt, *(prompt.text for prompt in prompts)]):
         yield Note(f"a prompt is too long for this base; not read: '{end}'", "warning")
     if config.explain:
-        yield from _explained(studio, jobs, config.batch_size)
+        yield from _explained(studio, jobs, studio.at_once(config.batch_size))
     pictures: list[Picture] = []
-    yield from _collect(make(studio, jobs, how, config.batch_size, config.output), pictures)
+    yield from _collect(make(studio, jobs, how, studio.at_once(config.batch_size), config.output), pictures)
     lines = [str(picture.path) for picture in pictures]
     if config.sheet:
         path = yield from _sheet(studio, jobs, how, config, pictures)
@@ -125,7 +128,8 @@ def _sheet(
         pictures: list[Picture] = []
         studio.set_composition(compose)
         folder = config.output / label.replace("/", "-")
-        yield from _collect(make(studio, part, how, config.batch_size, folder), pictures, f"sheet: {label}")
+        made = make(studio, part, how, studio.at_once(config.batch_size), folder)
+        yield from _collect(made, pictures, f"sheet: {label}")
         columns.append((label.replace("/", "-"), [picture.image for picture in pictures]))
     if studio.paths:
         label = next(iter(studio.paths)) if len(studio.paths) == 1 else "stack"
@@ -170,6 +174,9 @@ def _repeat(config: GenerateConfig, source: Path) -> Iterator[Record]:
     if changed:
         yield Note(f"the last bits may differ: {'; '.join(changed)}", "warning")
     studio.set_composition(ComposeConfig.of(recipe.compose))
+    studio.source = recipe.source
+    if recipe.source is not None and Source.of(Path(recipe.source.path)) != recipe.source:
+        raise ConfigError(f"like: the image to edit, {recipe.source.path}, has changed since {source} was made")
     image, again = studio.shoot(recipe.batch, recipe.stacks, recipe.sampling)[recipe.index]
     picture = save_numbered(image, config.output, free_numbers(config.output), again)
     yield Done([picture], str(picture.path))

@@ -17,6 +17,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from vislora.errors import ConfigError
 from vislora.files import replacing
 from vislora.inject.strength import Strength
+from vislora.jobs.sources import Source
 from vislora.jobs.strengths import as_json, from_json, tag
 from vislora.models.sampling import Sampling, Shot
 
@@ -29,7 +30,7 @@ class Recipe:
     """`batch` holds all shots of the batch that the image was made in and `index` its place: a batch of another size
     changes the last bits. `adapters`: rows of name, path, sha256 and `strength` (see `strengths.as_json`); where the
     images of the batch have stacks of their own, `batch` holds the strength on each. `engine`: merged or stacked.
-    `compose`: the composition's method and settings.
+    `compose`: the composition's method and settings. `source`: the image that was edited.
     """
 
     base: str
@@ -44,6 +45,7 @@ class Recipe:
     threads: int
     versions: dict[str, str]
     compose: dict[str, Any] = field(default_factory=lambda: {"method": "sum"})
+    source: Source | None = None
 
     @property
     def shot(self) -> Shot:
@@ -86,6 +88,7 @@ def read_recipe(path: Path) -> Recipe:
         fields["sampling"] = Sampling(**fields["sampling"])
         fields["batch"] = tuple(Shot(**shot) for shot in fields["batch"])
         fields["adapters"] = tuple(fields["adapters"])
+        fields["source"] = Source(**fields["source"]) if fields.get("source") else None
         recipe = Recipe(**fields)
         _ = recipe.shot, recipe.stacks  # its place must be in the batch, and every strength one
         return recipe

@@ -19,6 +19,7 @@ from vislora.inject.strength import Strength
 from vislora.jobs.devices import DTYPES, pick_device, pick_precision
 from vislora.jobs.pipelines import attach, set_composition, set_strengths
 from vislora.jobs.recipes import OFF, Recipe, adapter_rows, base_hash, save_png, threads, versions
+from vislora.jobs.sources import Source, read_source
 from vislora.models.base import EMBEDDED, Family, load_family
 from vislora.models.sampling import Sampling, Shot, make_images
 from vislora.records import Note, Progress
@@ -51,7 +52,7 @@ class Studio:
     """What is needed to make images and to say how they were made.
 
     `paths`, `hashes`: name of a loaded adapter -> its file, and the hash that it had when it was loaded. `stack`: the
-    strengths that are set now.
+    strengths that are set now. `source`: the image to edit.
     """
 
     family: Family
@@ -63,6 +64,7 @@ class Studio:
     hashes: dict[str, str] = field(default_factory=dict)
     stack: dict[str, Sequence[Strength]] = field(default_factory=dict)
     compose: ComposeConfig = field(default_factory=ComposeConfig)
+    source: Source | None = None
 
     def load(self, name: str, path: Path, allow_partial: bool = False, allow_pickle: bool = False) -> Iterator[Note]:
         """Load an adapter at strength 0; yields what was odd in its file, and a note for every module without a fit."""
@@ -72,6 +74,10 @@ class Studio:
         self.paths[name], self.hashes[name] = path, content_hash(path)
         for line in misfits:
             yield Note(f"adapter '{name}': not applied: {line}", "warning")
+
+    def at_once(self, batch_size: int) -> int:
+        """Return how many images are made at once: a text encoder that sees images sees one."""
+        return 1 if self.family.traits.source == "latents and text" else batch_size
 
     def set_composition(self, compose: ComposeConfig) -> None:
         """Choose how the loaded adapters act together. Raises `ConfigError`."""
@@ -100,7 +106,8 @@ class Studio:
     ) -> list[tuple[Image.Image, Recipe]]:
         """Make one batch, each image with its own stack; returns each with its recipe."""
         engine = self.set_stacks(stacks)
-        images = next(make_images(self.family, shots, how, len(shots)))
+        shown = None if self.source is None else read_source(self.source.path, how.width, how.height)
+        images = next(make_images(self.family, shots, how, len(shots), shown))
         rows = [adapter_rows(self.paths, self.hashes, stacks, index) for index in range(len(shots))]
         return [
             (image, self._recipe(rows[index], how, tuple(shots), index, engine)) for index, image in enumerate(images)
@@ -122,6 +129,7 @@ class Studio:
             threads=threads(),
             versions=versions(),
             compose={"method": self.compose.method, **self.compose.settings},
+            source=self.source,
         )
 
 

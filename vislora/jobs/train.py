@@ -307,7 +307,8 @@ def _contents(job: Run) -> dict[str, str]:
     images = {
         Path(os.path.relpath(example.path, folder)).as_posix(): dataset_hash([example]) for example in job.data.examples
     }
-    return {"the base model": job.about.base_hash, **images}
+    sources = {f"source {source.path.name}": source.sha256 for source in job.data.sources}
+    return {"the base model": job.about.base_hash, **images, **sources}
 
 
 def _checkpoint(job: Run) -> None:
@@ -328,7 +329,8 @@ def _preview(job: Run) -> Iterator[Note]:
     if job.accelerator.is_main_process:
         path = job.folder.samples / f"{job.step:06d}.png"
         captions = [example.caption for example in job.data.examples[:4]]
-        preview(job.family, job.module, job.plan, captions, path)
+        sources = [source.path for source in job.data.sources[:4]]
+        preview(job.family, job.module, job.plan, captions, sources, path)
         yield Note(f"samples: {path}")
 
 

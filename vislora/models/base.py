@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 from urllib.parse import urlparse
 
 import torch
@@ -30,9 +30,10 @@ class Card:
     """What a family is recognised by, and how its pipelines are called.
 
     `attributes`: component of an adapter -> attribute of the pipeline. `guidance`: the argument that takes the guidance
-    scale, which is off at `guidance_off` there. `negative_prompt`: whether one is read; `empty_negative`: what stands for
-    none where the pipeline guides only with one. `prompt_tokens`: how many the pipeline reads at most.
-    `always`: arguments that every call gets. `from_text`: whether it makes images from a prompt alone.
+    scale, which is off at `guidance_off` there. `negative_prompt`: whether one is read; `empty_negative`: what stands
+    for none where the pipeline guides only with one. `prompt_tokens`: how many the pipeline reads at most. `always`:
+    arguments that every call gets, `area`: the one that takes the number of pixels, both where the pipeline has them.
+    `from_text`: whether it makes images from a prompt alone.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Card:
     empty_negative: str = ""
     prompt_tokens: int = 256
     always: Mapping[str, Any] = field(default_factory=dict)
+    area: str = ""
     from_text: bool = True
 
 
@@ -53,6 +55,8 @@ class Traits:
     """What a loaded base is used with when nothing else is said, and what adapter files tell other programs about it.
 
     `resolution`: pixels. `size_step`: sides of training images are multiples of it. `tags`: metadata keys of files.
+    `source`: what sees the source image of a base that edits: its denoiser alone (`latents`) or its text encoder too
+    (`latents and text`), which then makes no image without one.
     """
 
     resolution: int
@@ -63,6 +67,7 @@ class Traits:
     train_steps: int
     batch_size: int
     tags: Mapping[str, str]
+    source: Literal["", "latents", "latents and text"] = ""
 
 
 class Family(Protocol):
@@ -87,16 +92,25 @@ class Family(Protocol):
         """Encode pixels (batch, 3, height, width) to latents (batch, channels, height / f, width / f), float32."""
         ...
 
-    def encode_prompt(self, prompts: list[str]) -> dict[str, Tensor]:
-        """Encode prompts as the pipeline does; every tensor has the batch first."""
+    def encode_prompt(self, prompts: list[str]) -> dict[str, Any]:
+        """Encode prompts as the pipeline does: tensors with the batch first, or lists of texts of different lengths."""
         ...
 
-    def predict(self, noisy: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+    def predict(self, noisy: Tensor, t: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
         """Run the denoiser on `noisy` (batch, channels, height, width) at `t` (batch,).
 
-        `conditioning`: what `encode_prompt` returned, and in training `sizes` (batch, 6): height and width of the
-        original image, top and left of the crop, height and width of what is left; most families have no use for them.
+        `conditioning`: what `encode_prompt` returned; `source` (batch, channels, height, width), latents of the images
+        to edit, where `traits.source` says so; and in training `sizes` (batch, 6): height and width of the original
+        image, top and left of the crop, height and width of what is left; most families have no use for them.
         """
+        ...
+
+
+class ReadsSource(Family, Protocol):
+    """A family whose text encoder sees the image to edit."""
+
+    def encode_prompt(self, prompts: list[str], sources: Tensor | None = None) -> dict[str, Any]:
+        """Encode prompts, each with its source: pixels (batch, 3, height, width) in [-1, 1]."""
         ...
 
 
@@ -135,7 +149,7 @@ def components_of(pipeline: Any) -> tuple[str | None, dict[str, nn.Module]]:
 
 
 def read_traits(
-    path: Path, pipeline: Any, resolution: int, size_step: int, tags: Mapping[str, str], **defaults: float
+    path: Path, pipeline: Any, resolution: int, size_step: int, tags: Mapping[str, str], **defaults: Any
 ) -> Traits:
     """Return the traits of a base: its pipeline's, then `defaults`, then what `vislora.json` in its folder says."""
     signature = inspect.signature(type(pipeline).__call__).parameters

@@ -31,6 +31,9 @@ class Flux(Dit):
         attributes={"denoiser": "transformer", "te:clip_l": "text_encoder", "te:t5": "text_encoder_2"},
         negative_prompt=False,
         prompt_tokens=512,
+        # Kontext would bring the picture and its source to sizes of its own choice
+        always={"_auto_resize": False},
+        area="max_area",
     )
 
     left_out: ClassVar[tuple[str, ...]] = ("image_encoder", "feature_extractor")  # of IP-adapters
@@ -39,8 +42,11 @@ class Flux(Dit):
     def describe(cls, path: Path, pipeline: Any) -> Traits:
         """Return the traits; schnell takes four steps and no guidance."""
         resolution = pipeline.default_sample_size * pipeline.vae_scale_factor
-        defaults = {"steps": 28} if pipeline.transformer.config.guidance_embeds else {"steps": 4, "guidance_scale": 1.0}
-        return read_traits(path, pipeline, resolution, image_step(pipeline), _tags(pipeline), **defaults)
+        defaults: dict[str, Any] = (
+            {"steps": 28} if pipeline.transformer.config.guidance_embeds else {"steps": 4, "guidance_scale": 1.0}
+        )
+        source = "latents" if _is_kontext(pipeline) else ""
+        return read_traits(path, pipeline, resolution, image_step(pipeline), _tags(pipeline), source=source, **defaults)
 
     def encode_prompt(self, prompts: list[str]) -> dict[str, Tensor]:
         """Return `prompt_embeds` (batch, 512, width) of T5 and `pooled` (batch, width) of CLIP."""
@@ -70,8 +76,11 @@ class Flux(Dit):
         return unpack(predicted[:, :count], *noisy.shape[-2:])
 
 
+def _is_kontext(pipeline: Any) -> bool:
+    return "Kontext" in type(pipeline).__name__
+
+
 def _tags(pipeline: Any) -> dict[str, str]:
     """The names are those of sd-scripts and ModelSpec (github.com/Stability-AI/ModelSpec)."""
-    kontext = "Kontext" in type(pipeline).__name__
-    kind = "kontext" if kontext else "dev" if pipeline.transformer.config.guidance_embeds else "schnell"
+    kind = "kontext" if _is_kontext(pipeline) else "dev" if pipeline.transformer.config.guidance_embeds else "schnell"
     return {**tags(f"flux-1-{kind}"), "ss_base_model_version": "flux1"}

@@ -44,8 +44,8 @@ class Flux2(Dit):
         distilled = klein and pipeline.config.is_distilled
         resolution = pipeline.default_sample_size * pipeline.vae_scale_factor
         names = tags(f"flux-2-{'klein' if klein else 'dev'}")
-        defaults = {"steps": 4, "guidance_scale": 1.0} if distilled else {"steps": 50}
-        return read_traits(path, pipeline, resolution, image_step(pipeline), names, **defaults)
+        defaults: dict[str, Any] = {"steps": 4, "guidance_scale": 1.0} if distilled else {"steps": 50}
+        return read_traits(path, pipeline, resolution, image_step(pipeline), names, source="latents", **defaults)
 
     @staticmethod
     def read_objective(scheduler: Any) -> Objective:

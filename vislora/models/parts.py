@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vislora.diffusion import Discrete, Flow, GrowingShift
 from vislora.errors import ModelError
@@ -45,24 +46,16 @@ def grid_ids(latents: Tensor, first: int = 0) -> Tensor:
     return torch.cartesian_prod(picture, rows, columns).float()
 
 
-def pad_rows(rows: Sequence[Tensor], length: int) -> dict[str, Tensor]:
-    """Return texts (tokens, width) of any lengths as `prompt_embeds` (batch, `length`, width), zero behind each.
+def padded(rows: Iterable[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Return texts (tokens, width) as (batch, longest, width), zero behind each, and where there is text.
 
-    `mask` (batch, `length`) is 1 where there is text. The length is fixed, so that captions are cached one by one.
+    The mask (batch, longest) is None when all are of one length.
     """
-    embeds = rows[0].new_zeros(len(rows), length, rows[0].shape[-1])
-    mask = torch.zeros(len(rows), length, dtype=torch.long, device=embeds.device)
-    for index, row in enumerate(rows):
-        embeds[index, : len(row)] = row
-        mask[index, : len(row)] = 1
-    return {"prompt_embeds": embeds, "mask": mask}
-
-
-def trimmed(conditioning: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the embeds and the mask that `pad_rows` made, as far as the longest text goes."""
-    embeds, mask = conditioning["prompt_embeds"], conditioning["mask"]
-    longest = int(mask.sum(1).max())
-    return embeds[:, :longest], mask[:, :longest]
+    texts = list(rows)
+    embeds = pad_sequence(texts, batch_first=True)
+    lengths = torch.tensor([len(text) for text in texts], device=embeds.device)
+    mask = torch.arange(embeds.shape[1], device=embeds.device) < lengths[:, None]
+    return embeds, None if len({len(text) for text in texts}) == 1 else mask.long()
 
 
 def flow_of(scheduler: Any, patch: int = PATCH) -> Flow:

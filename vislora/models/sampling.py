@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import nn
 
 from vislora.errors import ConfigError
@@ -36,11 +38,17 @@ class Sampling:
     scheduler: str = "auto"
 
 
-def make_images(family: Family, shots: Sequence[Shot], how: Sampling, batch_size: int = 1) -> Iterator[list[Any]]:
+def make_images(
+    family: Family, shots: Sequence[Shot], how: Sampling, batch_size: int = 1, source: Image | None = None
+) -> Iterator[list[Image]]:
     """Yield the PIL images of each batch of `shots` in order. The family's own scheduler is put back afterwards.
 
-    Raises `ConfigError` for a base that makes no images from prompts alone.
+    `source`: the image to edit, for every shot; where the text encoder sees it too, batches are of one shot.
+    Raises `ConfigError` for a base that makes no images from prompts alone, or has no use for a source.
     """
+    require_source(family, source is not None)
+    if family.traits.source == "latents and text":
+        batch_size = 1
     if not family.card.from_text:
         raise ConfigError(
             f"a base of family '{family.card.name}' refines images and makes none from a prompt: train on it, and use "
@@ -48,17 +56,32 @@ def make_images(family: Family, shots: Sequence[Shot], how: Sampling, batch_size
         )
     for start in range(0, len(shots), batch_size):
         batch = shots[start : start + batch_size]
-        asked = {**family.card.always, **_guided(family.card, [shot.negative_prompt for shot in batch], how)}
+        asked = {**_sized(family, how, source), **_guided(family.card, [shot.negative_prompt for shot in batch], how)}
         with quiet(), torch.inference_mode(), _scheduler(family, how.scheduler):
             made = family.pipeline(
                 prompt=[shot.prompt for shot in batch],
                 generator=[torch.Generator("cpu").manual_seed(shot.seed) for shot in batch],
                 num_inference_steps=how.steps,
-                width=how.width,
-                height=how.height,
                 **asked,
             )
         yield made.images
+
+
+def require_source(family: Family, given: bool) -> None:
+    """Raise `ConfigError` for an image to edit that the base has no use for, or for none where it needs one."""
+    name, kind = family.card.name, family.traits.source
+    if given and not kind:
+        raise ConfigError(f"a base of family '{name}' edits no images: leave --source out, or give a base that does")
+    if not given and kind == "latents and text":
+        raise ConfigError("this base edits images and makes none from a prompt alone: give one with --source")
+
+
+def _sized(family: Family, how: Sampling, source: Image | None) -> dict[str, Any]:
+    """Return what every call is given: the size, the source, and the card's own as far as the pipeline has it."""
+    known = inspect.signature(type(family.pipeline).__call__).parameters
+    more = {**family.card.always, family.card.area: how.width * how.height}
+    own = {name: value for name, value in more.items() if name in known}
+    return {"width": how.width, "height": how.height, **own, **({} if source is None else {"image": source})}
 
 
 def _guided(card: Card, negative: Sequence[str], how: Sampling) -> dict[str, Any]:

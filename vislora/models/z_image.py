@@ -14,9 +14,8 @@ from torch import Tensor
 
 from vislora.models.base import Card, Traits, quiet, read_traits
 from vislora.models.dit import Dit, tags
-from vislora.models.parts import image_step, pad_rows
+from vislora.models.parts import image_step
 
-TOKENS = 512
 TURBO_SHIFT = 3.0
 """The shift of Turbo's scheduler; that of the model it was distilled from is 6."""
 
@@ -30,7 +29,7 @@ class ZImage(Dit):
         denoiser="ZImageTransformer2DModel",
         attributes={"denoiser": "transformer", "te:llm": "text_encoder"},
         guidance_off=0.0,  # the pipeline adds a multiple of the difference to the prompt's prediction
-        prompt_tokens=TOKENS,
+        prompt_tokens=512,
     )
 
     @classmethod
@@ -41,19 +40,14 @@ class ZImage(Dit):
         names = tags("z-image-turbo" if turbo else "z-image")
         return read_traits(path, pipeline, 1024, image_step(pipeline), names, **defaults)
 
-    def encode_prompt(self, prompts: list[str]) -> dict[str, Tensor]:
-        """Return `prompt_embeds` (batch, 512, width), zero behind the text, and `mask` (batch, 512), which is 1 in it."""
+    def encode_prompt(self, prompts: list[str]) -> dict[str, list[Tensor]]:
+        """Return `prompt_embeds`, for each prompt (tokens, width)."""
         with quiet():  # of captions that are too long: `sampling.cut_off` tells it once
             rows, _ = self.pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False)
-        return pad_rows(rows, TOKENS)
+        return {"prompt_embeds": rows}
 
-    def predict(self, noisy: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+    def predict(self, noisy: Tensor, t: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
         """Run the transformer; return its velocity turned round, from picture to noise."""
-        texts = zip(conditioning["prompt_embeds"], conditioning["mask"].sum(1).tolist(), strict=True)
-        predicted = self.pipeline.transformer(
-            list(noisy.unsqueeze(2)),
-            (1000 - t) / 1000,
-            [row[:length] for row, length in texts],
-            return_dict=False,
-        )[0]
+        texts, time = list(conditioning["prompt_embeds"]), (1000 - t) / 1000
+        predicted = self.pipeline.transformer(list(noisy.unsqueeze(2)), time, texts, return_dict=False)[0]
         return -torch.stack(list(predicted)).squeeze(2)

@@ -43,7 +43,9 @@ class DenoisingLoss(nn.Module):
         self._options = options
 
     def forward(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
-        """Return the loss of `batch`, as `data.dataset.collate` makes it: `latents`, `text` or `captions`, and sizes.
+        """Return the loss of `batch`, as `data.dataset.collate` makes it.
+
+        It has `latents`, `text` or `captions`, and where there are some the sizes and `source`.
 
         Every random draw comes from `generator` (on the CPU), so a step is the same wherever it runs.
         """
@@ -52,32 +54,32 @@ class DenoisingLoss(nn.Module):
         latents = batch["latents"].to(device)
         noise = self._noise(latents, generator)
         t = family.objective.sample_t(latents.shape, generator).to(device)
-        sizes = {"sizes": sizes_of(batch).to(device)} if "original_size" in batch else {}
-        conditioning = {**self._text(batch["text"], batch.get("captions", ()), device), **sizes}
+        beside = {"sizes": sizes_of(batch).to(device)} if "original_size" in batch else {}
+        if "source" in batch:
+            beside["source"] = batch["source"].to(device)
+        conditioning = {**self._text(batch["text"], batch.get("captions", ()), device), **beside}
         noisy = family.objective.add_noise(latents, noise, t)
         predicted = family.predict(noisy, t, conditioning).float()
         loss = self._error(predicted, family.objective.target(latents, noise, t), t)
         if "prior_captions" not in batch:
             return loss
-        return loss + self._options.prior_weight * self._prior(batch, noisy, t, sizes)
+        return loss + self._options.prior_weight * self._prior(batch, noisy, t, beside)
 
-    def _prior(self, batch: Mapping[str, Any], noisy: Tensor, t: Tensor, sizes: Mapping[str, Tensor]) -> Tensor:
+    def _prior(self, batch: Mapping[str, Any], noisy: Tensor, t: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
         """Return how far the prediction for the batch's priors is from the base's, on a share of its rows."""
         family, rows = self._family[0], max(1, round(self._options.prior_share * len(noisy)))
         noisy, t = noisy[:rows], t[:rows]
         text = batch["prior_text"]
         some = None if text is None else {name: feature[:rows] for name, feature in text.items()}
         given = some, batch["prior_captions"][:rows], noisy.device
-        sizes = {name: value[:rows] for name, value in sizes.items()}
+        beside = {name: value[:rows] for name, value in beside.items()}
         with torch.no_grad(), ExitStack() as stack:
             for adapters in self.adapters.values():
                 stack.enter_context(adapters.resting())  # type: ignore[operator]
-            target = family.predict(noisy, t, {**self._text(*given), **sizes}).float()
-        return self._error(family.predict(noisy, t, {**self._text(*given), **sizes}).float(), target, t)
+            target = family.predict(noisy, t, {**self._text(*given), **beside}).float()
+        return self._error(family.predict(noisy, t, {**self._text(*given), **beside}).float(), target, t)
 
-    def _text(
-        self, text: Mapping[str, Tensor] | None, captions: Sequence[str], device: torch.device
-    ) -> dict[str, Tensor]:
+    def _text(self, text: Mapping[str, Any] | None, captions: Sequence[str], device: torch.device) -> dict[str, Any]:
         return self._family[0].encode_prompt(list(captions)) if text is None else _to(text, device)
 
     def _error(self, predicted: Tensor, target: Tensor, t: Tensor) -> Tensor:
@@ -97,5 +99,8 @@ def sizes_of(batch: Mapping[str, Any]) -> Tensor:
     return torch.cat([batch[name] for name in ("original_size", "crop_top_left", "target_size")], 1)
 
 
-def _to(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
+def _to(features: Mapping[str, Tensor | list[Tensor]], device: torch.device) -> dict[str, Any]:
+    return {
+        name: found.to(device) if isinstance(found, Tensor) else [row.to(device) for row in found]
+        for name, found in features.items()
+    }
