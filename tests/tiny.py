@@ -477,6 +477,8 @@ VARIANTS: dict[str, Callable[[], Any]] = {
     "flux-schnell": lambda: flux_pipeline(guidance_embeds=False),
     "pixart-alpha": lambda: pixart_pipeline(kind="PixArtAlphaPipeline", sizes=True),
     "flux-kontext": lambda: flux_pipeline(kind="FluxKontextPipeline"),
+    "qwen-image-edit": lambda: _newer("qwen_image_pipeline", kind="QwenImageEditPipeline"),
+    "qwen-image-edit-plus": lambda: _newer("qwen_image_pipeline", kind="QwenImageEditPlusPipeline"),
     "z-image-base": lambda: _newer("z_image_pipeline", shift=6.0),
     "flux2-distilled": lambda: _newer("flux2_pipeline", is_distilled=True),
 }

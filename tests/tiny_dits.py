@@ -18,6 +18,7 @@ CHAT = (
     "{% else %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+IMAGE = "<|image_pad|>"
 _SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
@@ -26,7 +27,8 @@ def qwen_tokenizer(length: int = 2048) -> Any:
     from tokenizers import pre_tokenizers
     from transformers import Qwen2Tokenizer
 
-    vocab = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", IMAGE]
+    vocab = ["<|endoftext|>", *special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     merges: list[tuple[str, str]] = []
     for word in tiny.WORDS:
         pieces = list(word)
@@ -38,7 +40,7 @@ def qwen_tokenizer(length: int = 2048) -> Any:
     tokenizer = Qwen2Tokenizer(
         vocab={token: index for index, token in enumerate(dict.fromkeys(vocab))},
         merges=merges,
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        additional_special_tokens=special,
         model_max_length=length,
     )
     tokenizer.chat_template = CHAT
@@ -52,7 +54,13 @@ def qwen2_vl(seed: int = 0) -> Any:
     text = {**_SIZES, "vocab_size": len(qwen_tokenizer()), "num_hidden_layers": 2}
     rope = {"type": "mrope", "mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 10000.0}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
-    config = Qwen2_5_VLConfig(text_config={**text, "rope_parameters": rope}, vision_config=vision)
+    place, start = qwen_tokenizer().convert_tokens_to_ids([IMAGE, "<|vision_start|>"])
+    config = Qwen2_5_VLConfig(
+        text_config={**text, "rope_parameters": rope},
+        vision_config=vision,
+        image_token_id=place,
+        vision_start_token_id=start,
+    )
     return seeded(lambda: Qwen2_5_VLForConditionalGeneration(config), seed).eval()
 
 
@@ -65,8 +73,25 @@ def qwen3(seed: int = 0, layers: int = 2, kind: str = "Qwen3Model") -> Any:
     return seeded(lambda: getattr(transformers, kind)(config), seed).eval()
 
 
-def qwen_image_pipeline(seed: int = 0) -> Any:
-    """Return a whole `QwenImagePipeline` with Qwen 2.5 VL: its VAE makes latents of half the sides, 4 channels."""
+class SeesImages:
+    """Does what `Qwen2VLProcessor` does with texts and pictures; that one wants torchvision for videos."""
+
+    def __call__(self, text: list[str], images: Any, padding: bool, return_tensors: str) -> Any:
+        from transformers import BatchFeature, Qwen2VLImageProcessorPil
+
+        shown = images if isinstance(images, list) else [images]
+        seen = Qwen2VLImageProcessorPil()(images=shown, return_tensors=return_tensors)
+        counts = (seen["image_grid_thw"].prod(1) // 4).tolist()
+        texts = [one.replace(IMAGE, IMAGE * counts[index]) for index, one in enumerate(text)]
+        tokens = qwen_tokenizer(4096)(texts, padding=padding, return_tensors=return_tensors)
+        return BatchFeature({**tokens, **seen})
+
+
+def qwen_image_pipeline(seed: int = 0, kind: str = "QwenImagePipeline") -> Any:
+    """Return a whole `QwenImagePipeline` with Qwen 2.5 VL: its VAE makes latents of half the sides, 4 channels.
+
+    One of Edit is without its processor: set `SeesImages()`.
+    """
     import diffusers
 
     def transformer() -> Any:
@@ -91,7 +116,8 @@ def qwen_image_pipeline(seed: int = 0) -> Any:
             latents_std=[2.5, 1.5, 2.0, 3.0],
         )
 
-    return diffusers.QwenImagePipeline(
+    return getattr(diffusers, kind)(
+        **({} if kind == "QwenImagePipeline" else {"processor": None}),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
         ),
