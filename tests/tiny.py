@@ -270,19 +270,19 @@ def sd_pipeline(seed: int = 0) -> Any:
     return pipeline
 
 
-def sdxl_unet(seed: int = 0, encoders: int = 2, sizes: int = 6) -> Any:
+def sdxl_unet(seed: int = 0, encoders: int = 2, sizes: int = 6, **changes: Any) -> Any:
     """Return a UNet that is told `sizes` numbers of 8 features each and a pooled text of 16, as those of SDXL are."""
-    return unet(
-        seed,
-        use_linear_projection=True,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2),
-        cross_attention_dim=16 * encoders,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=16 + 8 * sizes,
-    )
+    settings = {
+        "use_linear_projection": True,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2),
+        "cross_attention_dim": 16 * encoders,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 16 + 8 * sizes,
+    }
+    return unet(seed, **{**settings, **changes})
 
 
 def sdxl_pipeline(seed: int = 0, refiner: bool = False) -> Any:

@@ -23,7 +23,9 @@ class GenerateConfig(ComposedStackConfig):
     output: Path = Path("outputs")
     """Folder for the images."""
     base: str = ""
-    """Base model: a diffusers folder or hub name. Default: the embedded small base."""
+    """Base model: a diffusers folder, a hub name, or a .safetensors file. Default: the embedded small base."""
+    base_parts: str = ""
+    """For a base in one file: a diffusers folder with its configs and what the file does not hold."""
     source: Path | None = None
     """The image to edit, for a base that edits (FLUX.1 Kontext, FLUX.2, Qwen-Image-Edit); cut to the picture's size."""
     negative_prompt: str = ""

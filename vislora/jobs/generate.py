@@ -43,7 +43,7 @@ def run(config: GenerateConfig) -> Iterator[Record]:
     always = _always(config)
     named = dict.fromkeys([*always, *(name for prompt in prompts for name in prompt.strengths)])
     labels, paths = label_adapters(named, config.adapters)
-    studio = open_studio(config.base, config.device, config.precision)
+    studio = open_studio(config.base, config.device, config.precision, config.base_parts)
     how = sampling(studio.family, config)
     studio.source = None if config.source is None else Source.of(config.source)
     require_source(studio.family, config.source is not None)
@@ -160,7 +160,7 @@ def _columns(studio: Studio, jobs: list[Job], config: GenerateConfig) -> Iterato
 def _repeat(config: GenerateConfig, source: Path) -> Iterator[Record]:
     """Make the image of a recipe again: same base, adapters, batch. Raises a `VisloraError` when one has changed."""
     recipe = read_recipe(source)
-    studio = open_studio(recipe.base, config.device, recipe.precision)
+    studio = open_studio(recipe.base, config.device, recipe.precision, recipe.base_parts)
     if studio.base_hash != recipe.base_hash:
         raise ModelError(f"like: the base '{recipe.base or 'embedded'}' is not the one that {source} was made with")
     for row in recipe.adapters:

@@ -19,6 +19,7 @@ from vislora.files import replacing
 from vislora.inject.strength import Strength
 from vislora.jobs.sources import Source
 from vislora.jobs.strengths import as_json, from_json, tag
+from vislora.models.base import EMBEDDED
 from vislora.models.sampling import Sampling, Shot
 
 KEY = "vislora"
@@ -30,7 +31,8 @@ class Recipe:
     """`batch` holds all shots of the batch that the image was made in and `index` its place: a batch of another size
     changes the last bits. `adapters`: rows of name, path, sha256 and `strength` (see `strengths.as_json`); where the
     images of the batch have stacks of their own, `batch` holds the strength on each. `engine`: merged or stacked.
-    `compose`: the composition's method and settings. `source`: the image that was edited.
+    `compose`: the composition's method and settings. `source`: the image that was edited. `base_parts`: the folder
+    beside a base in one file.
     """
 
     base: str
@@ -46,6 +48,7 @@ class Recipe:
     versions: dict[str, str]
     compose: dict[str, Any] = field(default_factory=lambda: {"method": "sum"})
     source: Source | None = None
+    base_parts: str = ""
 
     @property
     def shot(self) -> Shot:
@@ -102,20 +105,31 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
-def base_hash(path: Path) -> str:
+def base_hash(base: str, parts: str = "") -> str:
     """Return a hash that tells bases apart: names, sizes, and the first and last MiB of every weight and config file.
 
-    A base of many gigabytes is not read whole; a hub name (no folder) is its own hash.
+    `base` '' is the embedded one, `parts` the folder beside a base in one file. A base of many gigabytes is not read
+    whole; a hub name (no folder) is its own hash.
     """
+    path = Path(base) if base else EMBEDDED
+    if path.is_file():
+        rest = base_hash(parts) if parts else ""
+        return hashlib.sha256(f"{path.stat().st_size} {rest} ".encode() + _ends(path)).hexdigest()
     digest = hashlib.sha256(path.as_posix().encode() if not path.is_dir() else b"")
     for file in sorted(item for item in path.rglob("*") if item.suffix in (".safetensors", ".bin", ".json")):
         size = file.stat().st_size
         digest.update(f"{file.relative_to(path).as_posix()} {size}".encode())
-        with open(file, "rb") as stream:
-            digest.update(stream.read(1 << 20))
-            stream.seek(max(0, size - (1 << 20)))
-            digest.update(stream.read())
+        digest.update(_ends(file))
     return digest.hexdigest()
+
+
+def _ends(file: Path) -> bytes:
+    """Return the first and the last MiB of a file."""
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        first = stream.read(1 << 20)
+        stream.seek(max(0, size - (1 << 20)))
+        return first + stream.read()
 
 
 def threads() -> int:

@@ -20,7 +20,7 @@ from vislora.jobs.devices import DTYPES, pick_device, pick_precision
 from vislora.jobs.pipelines import attach, set_composition, set_strengths
 from vislora.jobs.recipes import OFF, Recipe, adapter_rows, base_hash, save_png, threads, versions
 from vislora.jobs.sources import Source, read_source
-from vislora.models.base import EMBEDDED, Family, load_family
+from vislora.models.base import Family, load_family
 from vislora.models.sampling import Sampling, Shot, make_images
 from vislora.records import Note, Progress
 
@@ -65,6 +65,7 @@ class Studio:
     stack: dict[str, Sequence[Strength]] = field(default_factory=dict)
     compose: ComposeConfig = field(default_factory=ComposeConfig)
     source: Source | None = None
+    base_parts: str = ""
 
     def load(self, name: str, path: Path, allow_partial: bool = False, allow_pickle: bool = False) -> Iterator[Note]:
         """Load an adapter at strength 0; yields what was odd in its file, and a note for every module without a fit."""
@@ -130,15 +131,16 @@ class Studio:
             versions=versions(),
             compose={"method": self.compose.method, **self.compose.settings},
             source=self.source,
+            base_parts=self.base_parts,
         )
 
 
-def open_studio(base: str, device: str, precision: str) -> Studio:
+def open_studio(base: str, device: str, precision: str, parts: str = "") -> Studio:
     """Load a base for generation ('' is the embedded one). Raises `ModelError` or `ConfigError`."""
     where = pick_device(device)
     kind = pick_precision(precision, where)
-    family = load_family(base or None, DTYPES[kind], where)
-    return Studio(family, base, base_hash(Path(base) if base else EMBEDDED), kind, where)
+    family = load_family(base or None, DTYPES[kind], where, parts or None)
+    return Studio(family, base, base_hash(base, parts), kind, where, base_parts=parts)
 
 
 def batches(

@@ -39,7 +39,7 @@ from vislora.jobs.run_folder import (
     require_same_contents,
     settings_of,
 )
-from vislora.models.base import EMBEDDED, Family, load_family
+from vislora.models.base import Family, load_family
 from vislora.records import Done, Note, Progress, Record, result
 from vislora.training.checkpoints import save_checkpoint
 from vislora.training.interrupt import stop_on_signal
@@ -99,9 +99,7 @@ def run(config: TrainConfig) -> Iterator[Record]:
         if state is not None:
             require_same(plan.config, folder, state)
         data = yield from prepare_data(plan, family, folder)
-        about = Trained(
-            family, base_hash(Path(config.base) if config.base else EMBEDDED), data.examples, data.buckets, started
-        )
+        about = Trained(family, base_hash(config.base, config.base_parts), data.examples, data.buckets, started)
         with _injected(config, family) as adapters:
             _require_writable(adapters, plan, family)
             for line in summary(family.components, adapters):
@@ -158,7 +156,7 @@ def _steps(job: Run) -> Iterator[StepRecord]:
 def _load_base(config: TrainConfig, accelerator: Accelerator) -> Family:
     device = accelerator.device
     dtype = DTYPES[pick_precision(config.loop.mixed_precision, device)]
-    family = load_family(config.base or None, dtype, device)
+    family = load_family(config.base or None, dtype, device, config.base_parts or None)
     if config.loop.gradient_checkpointing:
         family.components["denoiser"].enable_gradient_checkpointing()  # type: ignore[operator]
     return family

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import json
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 from urllib.parse import urlparse
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vislora.diffusion import Objective
-from vislora.errors import ModelError
+from vislora.errors import ModelError, VisloraError
 from vislora.registry import FAMILIES
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "base"
@@ -114,18 +115,27 @@ class ReadsSource(Family, Protocol):
         ...
 
 
-def load_family(base: str | Path | None, dtype: torch.dtype, device: torch.device) -> Family:
-    """Load a base model: a diffusers folder, a hub name, or (None) the embedded one.
+def load_family(
+    base: str | Path | None, dtype: torch.dtype, device: torch.device, parts: str | Path | None = None
+) -> Family:
+    """Load a base model: a diffusers folder, a hub name, a single file, or (None) the embedded one.
 
+    `parts`: for a file, the diffusers folder with what it does not hold; see `models.single`.
     Raises `ModelError` when it is missing, incomplete, or of no known family.
     """
     path = Path(base) if base else EMBEDDED
-    index = _read_index(path)
+    if path.is_file():
+        from vislora.models.single import load_file
+
+        return _prepared(path, partial(load_file, path, Path(parts) if parts else None, dtype, device))
+    if parts:
+        raise ModelError(f"--base-parts is for a base in one file; {path} is none")
+    index = read_index(path)
     class_name = index["_class_name"]
     for family in FAMILIES.values():
         if class_name in family.card.pipelines:
             _require_parts(path, index)
-            return _loaded(family, path, dtype, device)
+            return _prepared(path, partial(family.load, path, dtype, device))
     known = ", ".join(name for family in FAMILIES.values() for name in family.card.pipelines)
     raise ModelError(f"base {path} is a {class_name}, which no family of vislora handles; known: {known}")
 
@@ -174,11 +184,11 @@ def read_traits(
 
 def absent_parts(path: Path) -> dict[str, None]:
     """Return the parts that the index of a folder says to be left out: diffusers wants to be told so again."""
-    index = _read_index(path) if path.is_dir() else {}
+    index = read_index(path) if path.is_dir() else {}
     return {name: None for name, value in index.items() if value == [None, None]}
 
 
-def _read_index(path: Path) -> dict[str, Any]:
+def read_index(path: Path) -> dict[str, Any]:
     """Return what model_index.json says: `_class_name`, and (library, class) of every part."""
     index = path / "model_index.json"
     if not path.exists():
@@ -211,34 +221,39 @@ def _from_hub(path: Path) -> Path:
     missing = f"base '{path}' does not exist: give a folder, or leave --base out to use the embedded base"
     if path.is_absolute() or len(path.parts) != 2 or path.parts[0] in (".", ".."):
         raise ModelError(missing)
-    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
-    host = urlparse(constants.ENDPOINT).hostname or ""
     try:
-        offline = constants.HF_HUB_OFFLINE or not _resolves(host)
-        return Path(hf_hub_download(str(path), "model_index.json", local_files_only=offline))
+        return Path(hf_hub_download(str(path), "model_index.json", local_files_only=is_offline()))
     except Exception as error:
         raise ModelError(f"{missing} (as a hub name it cannot be fetched: {type(error).__name__})") from error
 
 
-def _resolves(host: str) -> bool:
-    """Ask for the hub's address first: without a network the hub's own client retries for half a minute."""
+def is_offline() -> bool:
+    """Ask for the hub's address: without a network the hub's own client retries for half a minute."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return True
     try:
-        return bool(socket.getaddrinfo(host, 443))
+        return not socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname or "", 443)
     except OSError:
-        return False
+        return True
 
 
-def _loaded(family: type[Family], path: Path, dtype: torch.dtype, device: torch.device) -> Family:
+def _prepared(path: Path, load: Callable[[], Family]) -> Family:
+    """Load a base, freeze it, and turn what libraries raise into a `ModelError` of one line."""
     try:
         with quiet():
-            loaded = family.load(path, dtype, device)
+            loaded = load()
         _require_words(loaded.pipeline)
         loaded.pipeline.set_progress_bar_config(disable=True)
         for module in loaded.components.values():
             module.requires_grad_(False).eval()
         return loaded
     except Exception as error:  # libraries raise nearly every kind of error for a damaged folder
+        if isinstance(error, VisloraError) and str(path) in str(error):
+            raise ModelError(str(error)) from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"base {path} cannot be loaded: {first}") from error
 

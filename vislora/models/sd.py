@@ -36,11 +36,15 @@ class StableDiffusion:
 
         parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipeline = StableDiffusionPipeline.from_pretrained(path, dtype=dtype, **parts).to(device)
-        factor = pipeline.vae_scale_factor
-        unet = pipeline.unet.config
+        return cls(pipeline, cls.describe(path, pipeline))
+
+    @classmethod
+    def describe(cls, path: Path, pipeline: Any) -> Traits:
+        """Return the traits: its UNet knows the size, in latents, that it was made for."""
+        factor, unet = pipeline.vae_scale_factor, pipeline.unet.config
         size_step = factor * 2 ** (len(unet.block_out_channels) - 1)
         resolution = unet.sample_size * factor
-        return cls(pipeline, read_traits(path, pipeline, resolution, size_step, _tags(pipeline, resolution)))
+        return read_traits(path, pipeline, resolution, size_step, _tags(pipeline, resolution))
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Return the scaled mode of the VAE's posterior."""
