@@ -18,6 +18,8 @@ _PUBLIC = {
     "reserve": "vislora.jobs.pipelines:reserve",
     "unreserve": "vislora.jobs.pipelines:unreserve",
     "explain": "vislora.jobs.pipelines:explain",
+    "adapt": "vislora.jobs.modules:adapt",
+    "save_adapter": "vislora.jobs.modules:save_adapter",
     "Strength": "vislora.inject.strength:Strength",
     "Stack": "vislora.jobs.stacks:Stack",
     "train": "vislora.jobs.train:train",

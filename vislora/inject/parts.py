@@ -123,7 +123,7 @@ class LayerAdapter:
 
     def _added(self, x: Tensor, base_out: Tensor, strength: float, layer: nn.Module, rank_dropout: float) -> Tensor:
         slots = self._slots_for(base_out)
-        if torch.is_autocast_enabled(x.device.type):
+        if autocasts(x):
             return self._forward(x, base_out, slots, strength, layer, rank_dropout)
         dtype = next(slot.dtype for slot in slots.values() if slot.is_floating_point())
         x = x.to(dtype) if x.is_floating_point() else x
@@ -184,7 +184,7 @@ class Joined:
         """Return `base_out` plus the effects on `x`, in the dtype of `base_out`."""
         if self.down.device != base_out.device:
             self.down, self.up = self.down.to(base_out.device), self.up.to(base_out.device)
-        if torch.is_autocast_enabled(x.device.type):
+        if autocasts(x):
             return self._added(x, base_out, layer)
         return self._added(x.to(self.down.dtype), base_out.to(self.up.dtype), layer).to(base_out.dtype)
 
@@ -318,9 +318,14 @@ def _mostly_apart(adapters: Sequence[LayerAdapter]) -> bool:
     return SPARE * max(own) <= sum(ranks)
 
 
+def autocasts(x: Tensor) -> bool:
+    """Say whether autocast chooses types where `x` is; it never does for tensors without memory."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def _in_place(x: Tensor) -> bool:
     """Say whether tensors may be written to: nothing needs them for gradients, and autocast leaves types alone."""
-    return not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+    return not torch.is_grad_enabled() and not autocasts(x)
 
 
 def _gives_fresh(layer: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from vislora.algorithms.base import Conv, LayerSpec
 from vislora.algorithms.lora import CONV
 from vislora.errors import AdapterMismatchError, ConfigError, listed
 from vislora.inject.moment import Moment
-from vislora.inject.parts import LayerAdapter, can_join, scaled
+from vislora.inject.parts import LayerAdapter, autocasts, can_join, scaled
 from vislora.inject.strength import Strength
 
 
@@ -47,7 +47,7 @@ class Room:
         """Return `base_out` plus the effects on `x`, in the dtype of `base_out`."""
         if self.down.device != base_out.device:
             self.down, self.up = self.down.to(base_out.device), self.up.to(base_out.device)
-        if not torch.is_autocast_enabled(x.device.type):
+        if not autocasts(x):
             x = x.to(self.down.dtype)
         if isinstance(layer, Conv):
             hidden = layer._conv_forward(x, self.down, None)

@@ -15,7 +15,7 @@ from vislora.data.captions import without_trigger
 from vislora.data.dataset import TrainingSet, text_name
 from vislora.data.encode import View, cache_latents, cache_texts, views
 from vislora.data.pairs import find_sources, source_views
-from vislora.data.sampler import Sampler
+from vislora.data.sampler import Batch, Sampler
 from vislora.data.scan import Example, ScanResult, scan
 from vislora.errors import ConfigError
 from vislora.jobs.plan import Plan
@@ -41,6 +41,14 @@ class Prepared:
             # every process counts the batches of all, so that any one's sampler says where the run stands
             turn = [self.sampler.next() for _ in range(processes)]
             yield self.dataset.batch(turn[process])
+
+    def largest_batch(self) -> dict[str, Any]:
+        """Return the batch of the most pixels that there is."""
+        buckets, size, repeats = self.sampler.buckets, self.sampler.batch_size, self.sampler.repeats
+        counts = {bucket: min(size, repeats * len(indices)) for bucket, indices in buckets.items()}
+        bucket = max(counts, key=lambda item: item.width * item.height * counts[item])
+        indices = (buckets[bucket] * repeats)[: counts[bucket]]
+        return self.dataset.batch(Batch(bucket, indices, (0,) * len(indices)))
 
 
 def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Record, None, Prepared]:

@@ -20,6 +20,14 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Return how many bytes are free on a GPU, those that torch holds in reserve among them; None where nobody says."""
+    if device.type != "cuda":
+        return None
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserve
+
+
 def pick_precision(name: str, device: torch.device) -> str:
     """Return fp32, bf16 or fp16; `auto` (and `no`) is fp32 on a CPU, `auto` is bf16 elsewhere."""
     if name == "auto":

@@ -27,7 +27,8 @@ from vislora.inject.parts import Dropout
 from vislora.inject.targets import Target, select
 from vislora.jobs.adapter_files import Trained, adapter_file, modules_of
 from vislora.jobs.datasets import Prepared, prepare_data
-from vislora.jobs.devices import DTYPES, pick_device, pick_precision
+from vislora.jobs.devices import DTYPES, free_bytes, pick_device, pick_precision
+from vislora.jobs.memory import Step, estimate, memory_notes
 from vislora.jobs.plan import Plan, make_plan
 from vislora.jobs.previews import preview
 from vislora.jobs.recipes import base_hash
@@ -100,7 +101,9 @@ def run(config: TrainConfig) -> Iterator[Record]:
             require_same(plan.config, folder, state)
         data = yield from prepare_data(plan, family, folder)
         about = Trained(family, base_hash(config.base, config.base_parts), data.examples, data.buckets, started)
-        with _injected(config, family) as adapters:
+        chosen = _chosen(config, family)
+        yield from _memory(plan, family, data, chosen, accelerator.device)
+        with _injected(config, family, chosen) as adapters:
             _require_writable(adapters, plan, family)
             for line in summary(family.components, adapters):
                 yield Note(line)
@@ -203,13 +206,14 @@ def _require_tensorboard() -> None:
 
 
 @contextmanager
-def _injected(config: TrainConfig, family: Family) -> Iterator[dict[str, AdapterSet]]:
+def _injected(
+    config: TrainConfig, family: Family, chosen: Mapping[str, Mapping[str, Target]]
+) -> Iterator[dict[str, AdapterSet]]:
     """Give fresh adapters on the denoiser and, when asked for, on every text encoder, with all the rest frozen.
 
     They are taken off at the end, and when one of the components could not have its adapter.
     """
     options = _fresh_options(config)
-    chosen = _chosen(config, family)
     adapters: dict[str, AdapterSet] = {}
     try:
         for name, layers in chosen.items():
@@ -261,6 +265,25 @@ def _fresh_options(config: TrainConfig) -> FreshOptions:
     )
 
 
+def _loss_options(config: TrainConfig) -> LossOptions:
+    loop, prior = config.loop, config.prior
+    return LossOptions(loop.min_snr_gamma, loop.noise_offset, prior.weight, prior.share)
+
+
+def _memory(
+    plan: Plan, family: Family, data: Prepared, chosen: Mapping[str, Mapping[str, Target]], device: torch.device
+) -> Iterator[Note]:
+    """Say what memory the run takes, and whether the device has it."""
+    config = plan.config
+    options = _fresh_options(config), _loss_options(config)
+    try:
+        found = estimate(family, Step(chosen, *options, data.largest_batch(), config.optimizer.name))
+    except RuntimeError:
+        yield Note("memory: no estimate; what this base computes depends on what is in its tensors")
+        return
+    yield from memory_notes(found, free_bytes(device), config)
+
+
 def _require_writable(adapters: dict[str, AdapterSet], plan: Plan, family: Family) -> None:
     """Raise `ConfigError` when `config.format` has no place for what is about to be trained."""
     form = plan.config.format
@@ -283,9 +306,7 @@ def _assemble(
         ParameterGroup(parameters.parameters(), plan.learning_rate if name == "denoiser" else plan.text_learning_rate)
         for name, parameters in adapters.items()
     ]
-    loop, prior = config.loop, config.prior
-    options = LossOptions(loop.min_snr_gamma, loop.noise_offset, prior.weight, prior.share)
-    module = DenoisingLoss(family, adapters, options)
+    module = DenoisingLoss(family, adapters, _loss_options(config))
     optimizer = make_optimizer(config.optimizer.name, groups, config.optimizer.weight_decay)
     module, optimizer = accelerator.prepare(module, optimizer)
     return Run(plan, folder, family, data, adapters, accelerator, module, optimizer, about)
