@@ -72,6 +72,18 @@ def test_equal_factors_keep_the_bits_of_half_precision():
     assert made.direction().numpy() == pytest.approx(sums((0.7, one), (-0.7, two)), rel=1e-7)  # alpha is float32
 
 
+@pytest.mark.parametrize("made", [lora, loha, full])
+@pytest.mark.parametrize("weight", [1.0, -0.6])
+def test_the_asked_precision_is_that_of_an_adapter_alone_too(made, weight):
+    """Its rounding is told: nothing is silently less exact."""
+    alone = made(4)
+    merged, (told,) = merge([part("a", weight, alone)], How(dtype=torch.bfloat16))
+    assert {tensor.dtype for tensor in merged.modules[0].tensors.values()} == {torch.bfloat16}
+    apart = np.linalg.norm(merged.modules[0].direction().numpy() - sums((weight, alone)))
+    assert told.apart > 0
+    assert apart == pytest.approx(told.apart, rel=0.2)
+
+
 def test_convs_loha_and_full_changes_join():
     conv = lora(0, inside=(6, 3, 3)), lora(1, inside=(6, 3, 3), rank=1)
     merged, _ = merge([part("a", 1.0, conv[0]), part("b", 0.5, conv[1])])

@@ -75,15 +75,13 @@ def test_a_resting_adapter_is_the_base_and_wakes_up(trainee):
 
 
 def drift(path, caption):
-    """Return how far an adapter moves the prediction for a caption, on the tiny base."""
-    pipe = tiny.PIPELINES["sd"]()
+    """Return how far an adapter moves the prediction for a caption, through its own text encoder, on the tiny base."""
     family = load_family(tiny.saved("sd"), torch.float32, CPU)
     x, t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
     with torch.no_grad():
-        text = family.encode_prompt([caption])["prompt_embeds"]
-        before = pipe.unet(x, t, text).sample
-        vislora.load(pipe, path)
-        return float((pipe.unet(x, t, text).sample - before).norm())
+        before = family.predict(x, t, family.encode_prompt([caption]))
+        vislora.load(family.pipeline, path)
+        return float((family.predict(x, t, family.encode_prompt([caption])) - before).norm())
 
 
 @pytest.mark.parametrize("text_encoders", [False, True])
@@ -93,9 +91,7 @@ def test_a_run_keeps_more_of_the_base_where_the_trigger_is_missing(text_encoders
         (tmp_path / name).mkdir()
     plain, _ = trained(tmp_path / "plain", "sd", **rate)
     kept, _ = trained(tmp_path / "kept", "sd", prior={"replace": {"a ": ["the "]}, "weight": 5.0, "share": 1.0}, **rate)
-    if not text_encoders:
-        assert drift(kept.path, "the red cat") < 0.8 * drift(plain.path, "the red cat")
-    assert plain.path.read_bytes() != kept.path.read_bytes()
+    assert drift(kept.path, "the red cat") < 0.8 * drift(plain.path, "the red cat")
 
 
 def test_a_part_that_no_caption_has_is_told(tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vislora.algebra.low_rank import Limits, as_stored, nearest_product
+from vislora.algebra.low_rank import Limits, as_stored, nearest_product, relative
 from vislora.formats.adapter_file import AdapterModule
 
 
@@ -23,7 +23,7 @@ class Extracted:
     @property
     def error(self) -> float:
         """The relative residual."""
-        return self.apart / self.norm if self.norm else self.apart
+        return relative(self.apart, self.norm)
 
 
 def extract_layer(

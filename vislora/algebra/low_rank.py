@@ -116,6 +116,11 @@ def as_stored(alpha: float) -> float:
     return float(torch.tensor(alpha, dtype=torch.float32))
 
 
+def relative(apart: float, norm: float) -> float:
+    """Return how far something is from what was meant, in units of its norm; of nothing, as it is."""
+    return apart / norm if norm else apart
+
+
 def product_norm(up: Tensor, down: Tensor) -> float:
     """Return the Frobenius norm of up @ down, both matrices in float64, without making it.
 

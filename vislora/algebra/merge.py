@@ -27,8 +27,9 @@ from vislora.algebra.low_rank import (
     nearest_product,
     nearest_to_product,
     product_norm,
+    relative,
 )
-from vislora.algebra.to_lora import exact_product, is_sd1, kernel_of, metadata_of_lora, with_kernel
+from vislora.algebra.to_lora import exact_product, is_sd1, kernel_of, metadata_of_lora, stored, with_kernel
 from vislora.errors import AdapterFileError, AdapterMismatchError, listed
 from vislora.formats.adapter_file import AdapterFile, AdapterModule
 from vislora.formats.tensor_file import same_bits
@@ -78,7 +79,7 @@ class MergedModule:
     @property
     def error(self) -> float:
         """The relative error against the sum that was asked for."""
-        return self.apart / self.wanted if self.wanted else self.apart
+        return relative(self.apart, self.wanted)
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,10 @@ def _weights(items: list[_Item], how: How, first: bool) -> tuple[AdapterModule, 
 
 def _weighted(item: _Item, how: How) -> tuple[AdapterModule, MergedModule]:
     """Let one module count what it counts: in its alpha, and its sign in one of its slots."""
-    module, weight = item.module, item.weight
+    module, rounded = _in_type(item.module, how.dtype)
+    weight = item.weight
     norm = 0.0 if module.needs_base else abs(weight) * _norm(module)
-    told = _told([item], module.rank, norm, 0.0)
+    told = _told([item], module.rank, norm, abs(weight) * rounded)
     if weight == 1.0:
         return replace(module, notes=[]), told
     bias = module.bias_delta()
@@ -155,6 +157,17 @@ def _weighted(item: _Item, how: How) -> tuple[AdapterModule, MergedModule]:
         tensors[slot] = -tensors[slot]
     alpha = as_stored((module.rank if module.alpha is None else module.alpha) * abs(weight))
     return replace(changed, tensors=tensors, alpha=alpha), told
+
+
+def _in_type(module: AdapterModule, dtype: torch.dtype | None) -> tuple[AdapterModule, float]:
+    """Return the module with its slots in `dtype` (None: as they are), and how far its change has moved by that."""
+    if dtype is None or all(tensor.dtype == dtype for tensor in module.tensors.values()):
+        return module, 0.0
+    tensors = {slot: given.to(dtype) if given.is_floating_point() else given for slot, given in module.tensors.items()}
+    made = replace(module, tensors=tensors)
+    if module.needs_base or module.only_bias:
+        return made, 0.0
+    return made, float((made.direction() - module.direction()).norm())
 
 
 def _norm(module: AdapterModule) -> float:
@@ -182,7 +195,7 @@ def _of_products(
     made = up, torch.cat(orthogonal(downs)) if how.method == "orthogonal" else down
     if how.limits and (how.limits.rank or up.shape[1]) <= up.shape[1]:
         made = nearest_to_product(*made, how.limits)
-    tensors = _stored(*made, [tensor for item in items for tensor in item.module.tensors.values()], how.dtype)
+    tensors = stored(*made, [tensor for item in items for tensor in item.module.tensors.values()], how.dtype)
     apart = product_norm(
         torch.cat([up, -tensors["up"].double()], 1) * shared, torch.cat([down, tensors["down"].double()])
     )
@@ -207,7 +220,7 @@ def _of_matrices(items: list[_Item], how: How, first: bool) -> tuple[AdapterModu
         apart = float((module.direction().flatten() - wanted.flatten()).norm())
         return module, _told(items, module.rank, float(wanted.norm()), apart)
     up, down = nearest_product(made, how.limits)
-    tensors = _stored(up, down, [], how.dtype)
+    tensors = stored(up, down, [], how.dtype)
     found = tensors["up"].double() @ tensors["down"].double()
     told = _told(items, up.shape[1], float(wanted.norm()), float((found - wanted).norm()))
     kernel = tuple(shape[2:]) or kernel_of(items[0].module, wanted.shape[1], first)
@@ -271,17 +284,6 @@ def _module(items: list[_Item], tensors: dict[str, Tensor], scale: float) -> Ada
     return replace(
         items[0].module, algo="lora", tensors=tensors, alpha=as_stored(scale * rank), rule="alpha/r", magnitude=None
     )
-
-
-def _stored(up: Tensor, down: Tensor, sources: list[Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Return the slots in `dtype`; without one in the sources' where that is exact, else in float32."""
-    if dtype is None and sources:
-        common = sources[0].dtype
-        for tensor in sources[1:]:
-            common = torch.promote_types(common, tensor.dtype)
-        if all(torch.equal(item.to(common).double(), item) for item in (up, down)):
-            dtype = common
-    return {"down": down.to(dtype or torch.float32), "up": up.to(dtype or torch.float32)}
 
 
 def _told(items: list[_Item], rank: int, wanted: float, apart: float) -> MergedModule:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vislora.algebra.low_rank import Limits, as_stored, nearest_product, nearest_to_product, product_norm
-from vislora.algebra.to_lora import exact_product, is_sd1, kernel_of, metadata_of_lora, with_kernel
+from vislora.algebra.low_rank import Limits, as_stored, nearest_product, nearest_to_product, product_norm, relative
+from vislora.algebra.to_lora import exact_product, is_sd1, kernel_of, metadata_of_lora, stored, with_kernel
 from vislora.formats.adapter_file import AdapterFile, AdapterModule
 
 
@@ -29,7 +29,7 @@ class Resized:
     @property
     def error(self) -> float:
         """The relative error."""
-        return self.apart / self.norm if self.norm else self.apart
+        return relative(self.apart, self.norm)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _resized(
     small = nearest_to_product(up, down, limits)
     if small[0].shape[1] >= up.shape[1] and module.tensors.keys() == {"down", "up"}:
         return module, Resized(module.name, up.shape[1], up.shape[1], norm, 0.0)
-    tensors = _stored(*small, _own(module) if dtype is None else dtype)
+    tensors = stored(*small, [], dtype or _own(module))
     difference = torch.cat([up, -tensors["up"].double()], 1), torch.cat([down, tensors["down"].double()])
     kernel = tuple(product[1].shape[2:]) or kernel_of(module, down.shape[1], first)
     made = _module(module, with_kernel(tensors, down.shape[1], kernel), module.scale)
@@ -89,7 +89,7 @@ def _of_matrix(
 ) -> tuple[AdapterModule, Resized]:
     full = module.direction()
     matrix = full.flatten(1)
-    tensors = _stored(*nearest_product(matrix, limits), _own(module) if dtype is None else dtype)
+    tensors = stored(*nearest_product(matrix, limits), [], dtype or _own(module))
     apart = float((tensors["up"].double() @ tensors["down"].double() - matrix).norm())
     kernel = tuple(full.shape[2:]) or kernel_of(module, matrix.shape[1], first)
     made = _module(module, with_kernel(tensors, matrix.shape[1], kernel), 1.0)
@@ -104,7 +104,3 @@ def _module(module: AdapterModule, tensors: dict[str, Tensor], scale: float) -> 
 def _own(module: AdapterModule) -> torch.dtype:
     floats = [tensor.dtype for tensor in module.tensors.values() if tensor.is_floating_point()]
     return max(floats, key=lambda dtype: dtype.itemsize)
-
-
-def _stored(up: Tensor, down: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {"down": down.to(dtype), "up": up.to(dtype)}

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -137,7 +138,7 @@ def _converted(module: AdapterModule, limits: Limits, first: bool) -> tuple[Adap
     reduced = product is None or limits.energy is not None or (limits.rank is not None and up.shape[1] > limits.rank)
     if product is not None and reduced:
         up, down = nearest_to_product(up, down, limits)
-    tensors = _stored(up, down, list(module.tensors.values()))
+    tensors = stored(up, down, list(module.tensors.values()))
     meant = float(torch.linalg.vector_norm(matrix))
     made = scale * (tensors["up"].to(torch.float64) @ tensors["down"].to(torch.float64))
     apart = float(torch.linalg.vector_norm(made - matrix))
@@ -160,14 +161,13 @@ def exact_product(module: AdapterModule) -> Product | None:
     return tucker_product(slots) if slots.keys() == PLAIN | {"mid"} else None
 
 
-def _stored(up: Tensor, down: Tensor, sources: list[Tensor]) -> dict[str, Tensor]:
-    """Return the slots in the sources' dtype if that is exact, else in float32."""
-    dtype = sources[0].dtype
-    for tensor in sources[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    exact = all(torch.equal(item.to(dtype).to(torch.float64), item) for item in (up, down))
-    kept = dtype if exact else torch.float32
-    return {"down": down.to(kept), "up": up.to(kept)}
+def stored(up: Tensor, down: Tensor, sources: Sequence[Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Return the slots in `dtype`; without one in the sources' if that is exact, else in float32."""
+    if dtype is None and sources:
+        common = reduce(torch.promote_types, (tensor.dtype for tensor in sources))
+        if all(torch.equal(item.to(common).to(torch.float64), item) for item in (up, down)):
+            dtype = common
+    return {"down": down.to(dtype or torch.float32), "up": up.to(dtype or torch.float32)}
 
 
 def is_sd1(modules: list[AdapterModule]) -> bool:

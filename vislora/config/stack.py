@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vislora.config.base import OneOf, Repeatable, Section
 
@@ -48,6 +48,15 @@ class ComposeConfig(Section):
     """klora: the adapter of the content."""
     style: str | None = None
     """klora: the adapter of the style."""
+
+    @model_validator(mode="after")
+    def _require_used(self) -> Self:
+        """Refuse what the method has no use for; content and style may wait for a sheet that compares methods."""
+        unused = [name for name in ("every", "shares") if getattr(self, name) and name not in SETTINGS[self.method]]
+        if unused:
+            fitting = ", ".join(method for method, names in SETTINGS.items() if unused[0] in names)
+            raise ValueError(f"method '{self.method}' has no {' and no '.join(unused)}; {unused[0]} is of: {fitting}")
+        return self
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -5,8 +5,8 @@
     S          alpha step / last + beta
     content acts where S_c / gamma >= S_s S, else style
 
-Ouyang et al., arXiv 2502.18461, section 3.2, equations 4 to 8, with their alpha = 1.5 and beta = 0.5. Where only one of
-the two has the layer, that one acts. Strengths do not enter the choice.
+Ouyang et al., arXiv 2502.18461, and their code (HVision-NKU/K-LoRA, klora.py and utils.py), with its alpha = 1.5 and
+beta = 0.5. Where only one of the two has the layer, that one acts. Strengths do not enter the choice.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class KLora:
     style: str
     alpha: float = 1.5
     beta: float = 0.5
-    _sizes: dict[int, dict[str, tuple[float, float]]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
+    _last: list[tuple[list[LayerAdapter], dict[str, tuple[float, float]]]] = field(
+        default_factory=list, init=False, repr=False, compare=False
     )
 
     def runs(self, names: Sequence[str], step: int, last: int, on_layers: OnLayers) -> list[Run]:
@@ -52,11 +52,12 @@ class KLora:
 
     def _sums(self, contents: Layers, styles: Layers) -> dict[str, tuple[float, float]]:
         """Return, for every layer that both have, S_c / gamma and S_s; made once for these two adapters."""
-        key = hash(tuple(map(id, (*contents.values(), *styles.values()))))
-        if key not in self._sizes:
-            self._sizes.clear()
-            self._sizes[key] = _compared(contents, styles)
-        return self._sizes[key]
+        now = [*contents.values(), *styles.values()]
+        for adapters, sums in self._last:
+            if len(adapters) == len(now) and all(one is other for one, other in zip(adapters, now, strict=True)):
+                return sums
+        self._last[:] = [(now, _compared(contents, styles))]
+        return self._last[0][1]
 
 
 def _compared(contents: Layers, styles: Layers) -> dict[str, tuple[float, float]]:
