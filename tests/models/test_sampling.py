@@ -7,9 +7,10 @@ from functools import cache
 import pytest
 import torch
 
-from tests import tiny
+from tests import tiny, tiny_dits
 from vislora.errors import ConfigError
 from vislora.models.base import load_family
+from vislora.models.flux2 import Flux2
 from vislora.models.sampling import Sampling, Shot, cut_off, make_images
 from vislora.models.schedulers import scheduler_for
 from vislora.registry import FAMILIES
@@ -108,3 +109,33 @@ def test_the_end_of_a_long_prompt_is_told(name):
     long = "red cat " * 600
     assert cut_off(family, ["a red cat"]) == []
     assert cut_off(family, [long])[0].endswith("red cat")
+
+
+def test_flux2_dev_predicts_as_its_pipeline_does_at_a_guidance_of_one():
+    """Its text encoder (Mistral 3) wants torchvision, so the text features are given to both."""
+    import diffusers
+
+    klein = loaded("flux2").pipeline
+    pipeline = diffusers.Flux2Pipeline(
+        scheduler=klein.scheduler,
+        vae=klein.vae,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=tiny_dits.flux2_transformer(guidance_embeds=True),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    family = Flux2(pipeline, Flux2.describe(tiny.saved("flux2"), pipeline))
+    assert family.traits.tags["modelspec.architecture"] == "flux-2-dev/lora"
+    text = torch.randn(2, 512, 48, generator=torch.Generator().manual_seed(0))
+    seen = []
+    hook = pipeline.transformer.register_forward_hook(
+        lambda _, args, kwargs, out: seen.append((kwargs["hidden_states"], kwargs["timestep"], out[0])),
+        with_kwargs=True,
+    )
+    with torch.no_grad():
+        pipeline(prompt_embeds=text, guidance_scale=1.0, num_inference_steps=2, width=16, height=16)
+        hook.remove()
+        for tokens, t, out in seen:
+            given, expected = (rows.mT.reshape(2, 16, 4, 4) for rows in (tokens, out))
+            assert (family.predict(given, t * 1000, {"prompt_embeds": text}) - expected).abs().max() < 1e-5
+    assert len(seen) == 2
