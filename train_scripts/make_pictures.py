@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from demo import ROWS, SECOND, STYLE, SUBJECTS
 from PIL import Image
 
 import vislora
@@ -24,7 +25,6 @@ from vislora.reports.sheet import contact_sheet
 ROOT = Path(__file__).resolve().parent.parent
 ADAPTERS = ROOT / "samples" / "adapters"
 OUT = ROOT / "docs" / "images"
-SUBJECTS = ("a fox", "an owl", "a rabbit face", "a sunflower", "a crown", "a guitar", "an automobile", "a soccer ball")
 FACES = ("angry face", "smiling face with sunglasses", "sleepy face", "drooling face")
 BLEND = 0.6
 
@@ -63,17 +63,11 @@ def zipped(first: str, folder: Path) -> Path:
 
 def sheet() -> Image.Image:
     """Return the base, each style, and both at once."""
-    ways = {
-        "base": {},
-        "ink": {"ink": 1.0},
-        "outline": {"outline": 1.0},
-        "ink + outline": dict.fromkeys(("ink", "outline"), BLEND),
-    }
     rows = []
-    for label, strengths in ways.items():
-        style = "outline" if label == "outline" else "ink"
+    for strengths in ROWS.values():
+        style = SECOND if list(strengths) == [SECOND] else STYLE
         rows.append(row([f"{subject}, {style} style" for subject in SUBJECTS], strengths))
-    return contact_sheet(rows, list(ways), SUBJECTS, cell=128)
+    return contact_sheet(rows, list(ROWS), SUBJECTS, cell=128)
 
 
 def composition() -> Image.Image:
