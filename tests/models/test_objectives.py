@@ -127,7 +127,7 @@ def test_an_image_is_learnt(trainee):
 
     before = measured()
     optimizer = torch.optim.Adam(module.parameters(), lr=2e-2)
-    for step in range(150):
+    for step in range(100):
         optimizer.zero_grad()
         module(batch, torch.Generator().manual_seed(step)).backward()
         optimizer.step()
