@@ -130,6 +130,7 @@ def test_a_file_is_the_folder_that_it_was_made_of(family, files):
         assert module.state_dict().keys() == expected.keys()
         assert all(torch.equal(value, expected[key]) for key, value in module.state_dict().items()), component
     assert image(mine) == image(theirs)
+    assert getattr(mine.pipeline, "watermark", None) is None  # where the package for it is installed
 
 
 def test_what_a_whole_file_holds_is_its_own(files, tmp_path):

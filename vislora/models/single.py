@@ -8,6 +8,7 @@ The header tells the family (`formats.checkpoints`); diffusers converts the weig
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,15 @@ from vislora.models.base import Card, Family, absent_parts, is_offline, read_ind
 from vislora.registry import FAMILIES
 
 ADAPTERS = (".lora_", ".lora_down.", ".lora_A.", ".hada_w1_", ".lokr_w")
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+UNUSED: dict[str, Any] = {
+    "safety_checker": None,
+    "feature_extractor": None,
+    "image_encoder": None,
+    "requires_safety_checker": False,
+    "add_watermarker": False,
+}
+"""What pipelines of some families have, and no adapter has a use for."""
+
 PARTS = "name the diffusers folder of a base of its family with --base-parts"
 
 
@@ -75,10 +84,8 @@ def _whole(card: Card, checkpoint: Checkpoint, kind: str, parts: Path | None, dt
         others = dict.fromkeys(name for name in kept if name not in given)
         rest = getattr(diffusers, kind).from_pretrained(parts, dtype=dtype, **others)
         given = {name: getattr(rest, name) for name in given}
-    unused = {name: None for name in UNUSED if name in getattr(diffusers, kind)._optional_components}
-    config = None if parts is None else str(parts)
-    loader = getattr(diffusers, kind)
-    return loader.from_single_file(str(path), config=config, torch_dtype=dtype, **unused, **given)
+    loader, config = getattr(diffusers, kind), None if parts is None else str(parts)
+    return loader.from_single_file(str(path), config=config, torch_dtype=dtype, **_unused(loader), **given)
 
 
 def _denoiser(card: Card, path: Path, kind: str, parts: Path | None, dtype: torch.dtype) -> Any:
@@ -91,5 +98,10 @@ def _denoiser(card: Card, path: Path, kind: str, parts: Path | None, dtype: torc
     made = getattr(diffusers, card.denoiser).from_single_file(
         str(path), config=str(parts), subfolder=attribute, torch_dtype=dtype
     )
-    given = {**absent_parts(parts), attribute: made}
-    return getattr(diffusers, kind).from_pretrained(parts, dtype=dtype, **given)
+    loader = getattr(diffusers, kind)
+    return loader.from_pretrained(parts, dtype=dtype, **{**absent_parts(parts), **_unused(loader), attribute: made})
+
+
+def _unused(loader: Any) -> dict[str, Any]:
+    known = inspect.signature(loader.__init__).parameters
+    return {name: value for name, value in UNUSED.items() if name in known}
