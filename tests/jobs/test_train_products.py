@@ -46,3 +46,10 @@ def test_kinds_may_differ_by_pattern(tmp_path):
     modules = formats.load(value.path).modules
     kinds = {item.path.rpartition(".")[2]: item.algo for item in modules if ".attn1." in item.path}
     assert (kinds["to_q"], kinds["to_k"], kinds["to_v"]) == ("lokr", "lora", "lora")
+
+
+def test_large_images_are_encoded_one_by_one():
+    """Eight of 1024 pixels at once would take 20 GiB in float32."""
+    from vislora.jobs.datasets import images_at_once
+
+    assert [images_at_once(side) for side in (64, 256, 512, 768, 1024)] == [8, 8, 2, 1, 1]

@@ -25,6 +25,14 @@ from vislora.models.sampling import cut_off, vae_as
 from vislora.records import Note, Record
 
 
+def images_at_once(resolution: int) -> int:
+    """Return how many images of `resolution` squared pixels the VAE is given at once: 8, fewer above 256.
+
+    An `AutoencoderKL` of the usual widths takes about 2.5 KiB a pixel in float32: eight of 1024 would be 20 GiB.
+    """
+    return min(8, max(1, 8 * 256**2 // resolution**2))
+
+
 @dataclass(frozen=True)
 class Prepared:
     """Examples with everything cached. `sources`: the image that each is made from, or none at all."""
@@ -80,8 +88,9 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
         background=data.background_rgb,
     )
     shown = source_views(wanted, sources) if sources else None
+    at_once = images_at_once(plan.resolution)
     with vae_as(family, torch.float32):
-        yield from cache_latents(cache, [*wanted, *(shown or [])], family.encode_image, batch_size=8)
+        yield from cache_latents(cache, [*wanted, *(shown or [])], family.encode_image, batch_size=at_once)
     priors = _priors([example.caption for example in found.examples], config.prior.replace)
     seen = shown if family.traits.source == "latents and text" else None
     keys = None

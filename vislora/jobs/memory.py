@@ -1,7 +1,8 @@
 """What memory a training run takes, estimated before its first step by running the real modules without weights.
 
-Exact: weights, adapter, gradients, optimizer, and what is kept of a step for its gradients. Not in it: the caching of
-images before, what kernels use for themselves, the device's own context, gaps between blocks of memory.
+Exact: weights, adapter, gradients and optimizer. Of a step, what its forward pass keeps for the gradients is counted;
+the backward pass needs more for a moment. Not in it: the caching of images before, the float32 norms of mixed
+precision, what kernels use for themselves, the device's own context, gaps between blocks of memory.
 """
 
 from __future__ import annotations
