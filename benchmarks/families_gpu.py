@@ -106,8 +106,11 @@ def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="titles that contain this")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "")
     asked = parser.parse_args()
+    if not asked.device:
+        print("there is no GPU; --device cpu takes hours")
+        return
     device = torch.device(asked.device)
     print(torch.cuda.get_device_name() if device.type == "cuda" else "CPU", torch.__version__)
     print("| base | step | seconds | GiB at most | estimate |\n|---|---|---|---|---|")

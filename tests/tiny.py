@@ -77,11 +77,11 @@ def clip_text(seed: int = 0, hidden_act: str = "quick_gelu") -> Any:
     return seeded(lambda: CLIPTextModel(_clip_config(hidden_act=hidden_act)), seed).eval()
 
 
-def clip_text_projected(seed: int = 0) -> Any:
+def clip_text_projected(seed: int = 0, **changes: Any) -> Any:
     """Return a `CLIPTextModelWithProjection` of two layers, width 16, projected to 16."""
     from transformers import CLIPTextModelWithProjection
 
-    return seeded(lambda: CLIPTextModelWithProjection(_clip_config(projection_dim=16)), seed).eval()
+    return seeded(lambda: CLIPTextModelWithProjection(_clip_config(**{"projection_dim": 16, **changes})), seed).eval()
 
 
 def t5_encoder(seed: int = 0) -> Any:

@@ -89,6 +89,17 @@ def test_a_changed_source_is_refused_on_resume(root):
         trained(root, "flux-kontext", data__sources=root / "sources", loop__steps=4, resume=True)
 
 
+def test_sources_of_one_name_in_two_folders_are_both_watched(root):
+    for kind in ("images", "sources"):
+        (root / kind / "sub").mkdir()
+        (root / kind / "sub" / "0.png").write_bytes((root / kind / "1.png").read_bytes())
+    (root / "images" / "sub" / "0.txt").write_text("ink")
+    trained(root, "flux-kontext", data__sources=root / "sources", loop__steps=2)
+    Image.new("RGB", (24, 24), "black").save(root / "sources" / "0.png")
+    with pytest.raises(ConfigError, match=r"source 0\.png"):
+        trained(root, "flux-kontext", data__sources=root / "sources", loop__steps=4, resume=True)
+
+
 def test_sources_and_base_must_go_together(root):
     with pytest.raises(ConfigError, match=r"family 'sd3' edits no images; FLUX\.1 Kontext"):
         trained(root, "sd3", data__sources=root / "sources")

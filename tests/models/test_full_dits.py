@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from tests.formats.dit_configs import DITS
-from vislora.inject.targets import Target, select
-from vislora.registry import FORMATS
+from tests.models.test_full_size import require_presets_and_names
 
 # argument that says how many blocks of a kind there are -> the kind
 DEPTHS = {
@@ -49,12 +48,4 @@ def built(name):
 
 @pytest.mark.parametrize("name", WANTED)
 def test_presets_choose_what_they_say_and_every_layer_has_a_name(name):
-    model, family = built(name), DITS[name].family
-    parameters, *counts = WANTED[name]
-    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
-    for preset, count in zip(("attention", "attention-ff", "all"), counts, strict=True):
-        chosen = select(model, [], preset, Target("", 8))
-        assert len(chosen) == count, preset
-        for form in ("kohya", "diffusers", "comfy", "peft"):
-            nameless = [path for path in chosen if FORMATS[form].place("denoiser", path, family) is None]
-            assert nameless == [], form
+    require_presets_and_names(built(name), DITS[name].family, WANTED[name])

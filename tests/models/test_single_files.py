@@ -20,6 +20,16 @@ from vislora.models.sampling import Sampling, Shot, make_images
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
+CLIPS = {"sd": "cond_stage_model", "sdxl": "conditioner.embedders.0"}
+OPEN_CLIP = (
+    (r"encoder\.layers\.(\d)\.self_attn\.out_proj", r"transformer.resblocks.\1.attn.out_proj"),
+    (r"encoder\.layers\.(\d)\.layer_norm(\d)", r"transformer.resblocks.\1.ln_\2"),
+    (r"encoder\.layers\.(\d)\.mlp\.fc1", r"transformer.resblocks.\1.mlp.c_fc"),
+    (r"encoder\.layers\.(\d)\.mlp\.fc2", r"transformer.resblocks.\1.mlp.c_proj"),
+    (r"final_layer_norm", "ln_final"),
+    (r"embeddings\.token_embedding", "token_embedding"),
+    (r"embeddings\.position_embedding\.weight", "positional_embedding"),
+)
 VAE = (  # diffusers' names of an AutoencoderKL -> those of CompVis' latent-diffusion, two levels
     (r"encoder\.down_blocks\.(\d)\.resnets\.(\d)", r"encoder.down.\1.block.\2"),
     (r"encoder\.down_blocks\.(\d)\.downsamplers\.0\.conv", r"encoder.down.\1.downsample.conv"),
@@ -51,15 +61,18 @@ def real_layout(family):
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             transformer_layers_per_block=(1, 2, 10),
+            cross_attention_dim=16 + 24,
             **two,
         )
+        # in a file, diffusers tells the two by their widths
+        pipeline.register_modules(text_encoder_2=tiny.clip_text_projected(1, hidden_size=24))
     pipeline.register_modules(unet=made)
     return pipeline
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Return family -> (single file, diffusers folder): sd is whole, the others are denoisers alone."""
+    """Return family -> (single file, diffusers folder): sd and sdxl are whole, unet and z-image denoisers alone."""
     root = tmp_path_factory.mktemp("bases")
     found = {}
     for family in ("sd", "sdxl", "z-image"):
@@ -68,10 +81,14 @@ def files(tmp_path_factory):
             folder = root / family
             real_layout(family).save_pretrained(folder)
         tensors = denoiser(family, folder)
-        if family == "sd":
+        if family == "sdxl":
+            save_file(tensors, root / "unet.safetensors")
+            found["unet"] = root / "unet.safetensors", folder
+        if family != "z-image":
             tensors |= {f"first_stage_model.{name}": tensor for name, tensor in vae(folder).items()}
-            for name, tensor in weights(folder, "text_encoder").items():
-                tensors[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor
+            tensors |= clip(folder, CLIPS[family])
+        if family == "sdxl":
+            tensors |= open_clip(folder)
         save_file(tensors, root / f"{family}.safetensors")
         found[family] = root / f"{family}.safetensors", folder
     return found
@@ -98,6 +115,26 @@ def denoiser(family, folder):
     return {key: torch.cat([parts[index] for index in sorted(parts)]).contiguous() for key, parts in found.items()}
 
 
+def clip(folder, prefix):
+    plain = {name.removeprefix("text_model."): tensor for name, tensor in weights(folder, "text_encoder").items()}
+    return {f"{prefix}.transformer.text_model.{name}": tensor for name, tensor in plain.items()}
+
+
+def open_clip(folder):
+    """Return SDXL's second text encoder by the names of open_clip, q, k and v in one."""
+    plain = {name.removeprefix("text_model."): tensor for name, tensor in weights(folder, "text_encoder_2").items()}
+    found = {"text_projection": plain.pop("text_projection.weight").T.contiguous()}
+    for slot in ("weight", "bias"):
+        for layer in range(2):
+            parts = [plain.pop(f"encoder.layers.{layer}.self_attn.{part}_proj.{slot}") for part in "qkv"]
+            found[f"transformer.resblocks.{layer}.attn.in_proj_{slot}"] = torch.cat(parts)
+    for name, tensor in plain.items():
+        for pattern, original in OPEN_CLIP:
+            name = re.sub(pattern, original, name)
+        found[name] = tensor
+    return {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in found.items()}
+
+
 def vae(folder):
     found = {}
     for name, tensor in weights(folder, "vae").items():
@@ -118,11 +155,11 @@ def image(family):
     return next(make_images(family, [Shot("a red cat", "", 0)], how))[0].tobytes()
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "z-image"])
+@pytest.mark.parametrize("family", ["sd", "sdxl", "unet", "z-image"])
 def test_a_file_is_the_folder_that_it_was_made_of(family, files):
     path, folder = files[family]
     mine, theirs = loaded(path, folder), loaded(folder)
-    assert mine.card.name == theirs.card.name == family
+    assert mine.card.name == theirs.card.name == {"unet": "sdxl"}.get(family, family)
     assert mine.traits == theirs.traits
     assert mine.components.keys() == theirs.components.keys()
     for component, module in mine.components.items():
@@ -133,12 +170,12 @@ def test_a_file_is_the_folder_that_it_was_made_of(family, files):
     assert getattr(mine.pipeline, "watermark", None) is None  # where the package for it is installed
 
 
-def test_what_a_whole_file_holds_is_its_own(files, tmp_path):
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_what_a_whole_file_holds_is_its_own(family, files, tmp_path):
     """The folder beside a whole checkpoint gives configs: the weights of the file are used, not those of the folder."""
-    path, folder = files["sd"]
+    path, folder = files[family]
     other = shutil.copytree(folder, tmp_path / "other")
-    for part in ("unet", "vae", "text_encoder"):
-        (file,) = (other / part).glob("*.safetensors")
+    for file in other.glob("*/*.safetensors"):
         file.unlink()
     mine = load_family(path, torch.float32, CPU, other)
     assert image(mine) == image(loaded(folder))

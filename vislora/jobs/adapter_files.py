@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import torch
+
 from vislora.data.buckets import Bucket
 from vislora.data.dataset import counts
 from vislora.data.scan import Example, dataset_hash
@@ -36,18 +38,20 @@ def adapter_file(adapters: Mapping[str, AdapterSet], plan: Plan, trained: Traine
     """Return the adapter as it is now, tensors copied."""
     family = trained.family.card.name
     metadata = _metadata(plan, trained, name, step)
-    return AdapterFile(modules=modules_of(adapters, plan), metadata=metadata, family=family)
+    return AdapterFile(
+        modules=modules_of(adapters, DTYPES[plan.config.save_precision]), metadata=metadata, family=family
+    )
 
 
-def modules_of(adapters: Mapping[str, AdapterSet], plan: Plan) -> list[AdapterModule]:
-    """Return the modules as they are now, tensors copied and in the precision of the file."""
+def modules_of(adapters: Mapping[str, AdapterSet], dtype: torch.dtype) -> list[AdapterModule]:
+    """Return the modules of each component as they are now, tensors copied, in `dtype`."""
     return [
         AdapterModule(
             component=component,
             path=canonical(path) if component.startswith("te:clip") else path,
             raw_name="",
             algo=meta.algorithm,
-            tensors={slot: tensor.to(DTYPES[plan.config.save_precision]) for slot, tensor in slots.items()},
+            tensors={slot: tensor.to(dtype) for slot, tensor in slots.items()},
             alpha=meta.alpha,
             rule=meta.rule,
         )

@@ -43,9 +43,10 @@ def run(config: GenerateConfig) -> Iterator[Record]:
     always = _always(config)
     named = dict.fromkeys([*always, *(name for prompt in prompts for name in prompt.strengths)])
     labels, paths = label_adapters(named, config.adapters)
+    source = None if config.source is None else Source.of(config.source)
     studio = open_studio(config.base, config.device, config.precision, config.base_parts)
+    studio.source = source
     how = sampling(studio.family, config)
-    studio.source = None if config.source is None else Source.of(config.source)
     require_source(studio.family, config.source is not None)
     for label, path in paths.items():
         yield from studio.load(label, path, config.allow_partial, config.allow_pickle)

@@ -71,7 +71,7 @@ class Step:
 def estimate(family: Family, step: Step) -> Estimate:
     """Return what training takes; `family` is loaded, without adapters, and stays as it is.
 
-    Raises `RuntimeError` for a model whose computing depends on what is in its tensors: that cannot be foreseen.
+    Raises what torch does for a model whose computing depends on what is in its tensors: that cannot be foreseen.
     """
     return bare_estimate(weightless(family), step)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from vislora import formats
-from vislora.formats.adapter_file import AdapterFile, AdapterModule
+from vislora.formats.adapter_file import AdapterFile
 from vislora.inject.injection import AdapterSet, FreshOptions, inject_fresh
 from vislora.inject.targets import PRESETS, Target, select
+from vislora.jobs.adapter_files import modules_of
 
 
 def adapt(
@@ -45,16 +47,5 @@ def save_adapter(adapters: AdapterSet, folder: str | Path) -> None:
     Names are the paths in the model, which other formats have for known models alone. Raises `AdapterFileError` as
     `formats.save` does.
     """
-    modules = [
-        AdapterModule(
-            component="denoiser",
-            path=layer,
-            raw_name="",
-            algo=meta.algorithm,
-            tensors=dict(slots),
-            alpha=meta.alpha,
-            rule=meta.rule,
-        )
-        for layer, meta, slots in adapters.modules_with_slots()
-    ]
+    modules = modules_of({"denoiser": adapters}, torch.float32)
     formats.save(AdapterFile(modules=modules), folder, "peft")

@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from vislora import formats
 from vislora.config.train import TrainConfig
 from vislora.data.scan import dataset_hash
-from vislora.errors import ConfigError, listed, missing_extra
+from vislora.errors import ConfigError, VisloraError, listed, missing_extra
 from vislora.formats.adapter_file import AdapterFile
 from vislora.formats.names import FAMILY_NAMES
 from vislora.formats.writing import unwritable
@@ -278,8 +278,10 @@ def _memory(
     options = _fresh_options(config), _loss_options(config)
     try:
         found = estimate(family, Step(chosen, *options, data.largest_batch(), config.optimizer.name))
-    except RuntimeError:
-        yield Note("memory: no estimate; what this base computes depends on what is in its tensors")
+    except VisloraError:
+        raise
+    except Exception as error:  # nothing that a model does without its weights may keep it from training
+        yield Note(f"memory: no estimate; this base cannot be run without its weights ({type(error).__name__})")
         return
     yield from memory_notes(found, free_bytes(device), config)
 
@@ -287,7 +289,9 @@ def _memory(
 def _require_writable(adapters: dict[str, AdapterSet], plan: Plan, family: Family) -> None:
     """Raise `ConfigError` when `config.format` has no place for what is about to be trained."""
     form = plan.config.format
-    losses = unwritable(AdapterFile(modules=modules_of(adapters, plan), family=family.card.name), form)
+    losses = unwritable(
+        AdapterFile(modules=modules_of(adapters, DTYPES[plan.config.save_precision]), family=family.card.name), form
+    )
     if losses:
         raise ConfigError(listed(f"format: a {form} file cannot hold the adapter:", map(str, losses)))
 
@@ -322,12 +326,14 @@ def _restore(job: Run, state: Mapping[str, Any]) -> None:
 
 def _contents(job: Run) -> dict[str, str]:
     """Return name -> hash of all that a step reads beside the settings."""
-    folder = job.config.data.folder
-    images = {
-        Path(os.path.relpath(example.path, folder)).as_posix(): dataset_hash([example]) for example in job.data.examples
-    }
-    sources = {f"source {source.path.name}": source.sha256 for source in job.data.sources}
+    data = job.config.data
+    images = {_within(example.path, data.folder): dataset_hash([example]) for example in job.data.examples}
+    sources = {f"source {_within(source.path, data.sources)}": source.sha256 for source in job.data.sources}
     return {"the base model": job.about.base_hash, **images, **sources}
+
+
+def _within(path: Path, folder: Path | None) -> str:
+    return Path(os.path.relpath(path, folder)).as_posix()
 
 
 def _checkpoint(job: Run) -> None:

@@ -43,12 +43,10 @@ def make_images(
 ) -> Iterator[list[Image]]:
     """Yield the PIL images of each batch of `shots` in order. The family's own scheduler is put back afterwards.
 
-    `source`: the image to edit, for every shot; where the text encoder sees it too, batches are of one shot.
+    `source`: the image to edit, for every shot; where the text encoder sees it too, `batch_size` must be 1.
     Raises `ConfigError` for a base that makes no images from prompts alone, or has no use for a source.
     """
     require_source(family, source is not None)
-    if family.traits.source == "latents and text":
-        batch_size = 1
     if not family.card.from_text:
         raise ConfigError(
             f"a base of family '{family.card.name}' refines images and makes none from a prompt: train on it, and use "

@@ -62,7 +62,7 @@ def kept_bytes(compute: Callable[[], Any], lasting: Iterable[Tensor]) -> int:
     return sum(tensor.untyped_storage().nbytes() for number, tensor in kept.items() if number not in weights)
 
 
-def optimizer_bytes(name: str, parameters: Iterable[Tensor], weight_decay: float = 0.0) -> int:
+def optimizer_bytes(name: str, parameters: Iterable[Tensor]) -> int:
     """Return the bytes of an optimizer's state, which one of its steps on a parameter of each shape shows.
 
     Raises `ConfigError` as `make_optimizer` does.
@@ -71,7 +71,7 @@ def optimizer_bytes(name: str, parameters: Iterable[Tensor], weight_decay: float
     each = {shape: nn.Parameter(torch.zeros(shape)) for shape in shapes}
     for parameter in each.values():
         parameter.grad = torch.ones_like(parameter)
-    optimizer = make_optimizer(name, [ParameterGroup(each.values(), 1e-4)], weight_decay)
+    optimizer = make_optimizer(name, [ParameterGroup(each.values(), 1e-4)], 0.0)
     optimizer.step()
     sizes = {shape: _bytes(optimizer.state[parameter].values()) for shape, parameter in each.items()}
     return sum(sizes[shape] for shape in shapes)
