@@ -72,19 +72,19 @@ def real_layout(family):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Return family -> (single file, diffusers folder): sd and sdxl are whole, unet and z-image denoisers alone."""
+    """Return family -> (single file, diffusers folder): sd and sdxl are whole, the others denoisers alone."""
     root = tmp_path_factory.mktemp("bases")
     found = {}
-    for family in ("sd", "sdxl", "z-image"):
-        folder = tiny.saved("z-image")
-        if family != "z-image":
+    for family in ("sd", "sdxl", "sd3", "z-image"):
+        folder = tiny.saved(family)
+        if family in CLIPS:
             folder = root / family
             real_layout(family).save_pretrained(folder)
         tensors = denoiser(family, folder)
         if family == "sdxl":
             save_file(tensors, root / "unet.safetensors")
             found["unet"] = root / "unet.safetensors", folder
-        if family != "z-image":
+        if family in CLIPS:
             tensors |= {f"first_stage_model.{name}": tensor for name, tensor in vae(folder).items()}
             tensors |= clip(folder, CLIPS[family])
         if family == "sdxl":
@@ -103,13 +103,17 @@ def denoiser(family, folder):
     """Return the denoiser's weights under their original names, fused where those fuse."""
     table = FAMILY_NAMES[family].tables["denoiser"]
     found = {}
-    for key, tensor in weights(folder, "transformer" if family == "z-image" else "unet").items():
+    for key, tensor in weights(folder, "unet" if family in CLIPS else "transformer").items():
         name, _, slot = key.rpartition(".")
         place = table.place(name)
+        if place is None and family == "sd3":
+            found[f"model.diffusion_model.{slot}"] = {0: tensor}  # a table of places
+            continue
         if place is None:  # norms and the token of padding, of Z-Image
             found[re.sub(r"norm_([qk])$", r"\1_norm", name) + f".{slot}" if name else slot] = {0: tensor}
             continue
-        turned = tensor if place.swap == "never" else torch.cat(tensor.chunk(2)[::-1])
+        two = place.swap == "two rows per input" and len(tensor) == 2 * 16  # the last block of SD3, of width 16
+        turned = torch.cat(tensor.chunk(2)[::-1]) if two or place.swap == "always" else tensor
         prefix = "" if family == "z-image" else "model.diffusion_model."
         found.setdefault(f"{prefix}{place.name}.{slot}", {})[place.part.index if place.part else 0] = turned
     return {key: torch.cat([parts[index] for index in sorted(parts)]).contiguous() for key, parts in found.items()}
@@ -155,7 +159,7 @@ def image(family):
     return next(make_images(family, [Shot("a red cat", "", 0)], how))[0].tobytes()
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "unet", "z-image"])
+@pytest.mark.parametrize("family", ["sd", "sdxl", "unet", "sd3", "z-image"])
 def test_a_file_is_the_folder_that_it_was_made_of(family, files):
     path, folder = files[family]
     mine, theirs = loaded(path, folder), loaded(folder)

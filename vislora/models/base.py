@@ -89,6 +89,11 @@ class Family(Protocol):
         """Load a diffusers folder."""
         ...
 
+    @classmethod
+    def describe(cls, path: Path, pipeline: Any) -> Traits:
+        """Return the traits of a pipeline; `path`: the folder that it, or its configs, came from."""
+        ...
+
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Encode pixels (batch, 3, height, width) to latents (batch, channels, height / f, width / f), float32."""
         ...

@@ -22,9 +22,8 @@ class Dit:
     def __init__(self, pipeline: Any, traits: Traits) -> None:
         self.pipeline = pipeline
         self.traits = traits
-        self.components: dict[str, nn.Module] = {
-            name: getattr(pipeline, attribute) for name, attribute in self.card.attributes.items()
-        }
+        found = {name: getattr(pipeline, attribute) for name, attribute in self.card.attributes.items()}
+        self.components: dict[str, nn.Module] = {name: module for name, module in found.items() if module is not None}
         self.objective = self.read_objective(pipeline.scheduler)
 
     @classmethod

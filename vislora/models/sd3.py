@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vislora.diffusion import Flow
-from vislora.models.base import Card, Traits, absent_parts, quiet, read_traits
-from vislora.models.parts import encode_scaled
+from vislora.models.base import Card, Traits, quiet, read_traits
+from vislora.models.dit import Dit
 
 
-class StableDiffusion3:
+class StableDiffusion3(Dit):
     """A loaded `StableDiffusion3Pipeline`; T5 may be left out of the folder. See `models.base.Family`."""
 
     card: ClassVar[Card] = Card(
@@ -29,26 +27,11 @@ class StableDiffusion3:
         },
     )
 
-    def __init__(self, pipeline: Any, traits: Traits) -> None:
-        self.pipeline = pipeline
-        self.traits = traits
-        found = {name: getattr(pipeline, attribute) for name, attribute in self.card.attributes.items()}
-        self.components: dict[str, nn.Module] = {name: module for name, module in found.items() if module is not None}
-        self.objective = Flow(shift=float(pipeline.scheduler.config.shift))
-
     @classmethod
-    def load(cls, path: Path, dtype: torch.dtype, device: torch.device) -> StableDiffusion3:
-        """Load a diffusers folder."""
-        from diffusers import StableDiffusion3Pipeline
-
-        pipeline = StableDiffusion3Pipeline.from_pretrained(path, dtype=dtype, **absent_parts(path)).to(device)
-        factor, patch = pipeline.vae_scale_factor, pipeline.transformer.config.patch_size
-        resolution = pipeline.transformer.config.sample_size * factor
-        return cls(pipeline, read_traits(path, pipeline, resolution, factor * patch, _tags(pipeline)))
-
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        """Return the shifted and scaled mode of the VAE's posterior."""
-        return encode_scaled(self.pipeline.vae, pixels)
+    def describe(cls, path: Path, pipeline: Any) -> Traits:
+        """Return the traits: its transformer knows the size, in latents, that it was made for."""
+        factor, config = pipeline.vae_scale_factor, pipeline.transformer.config
+        return read_traits(path, pipeline, config.sample_size * factor, factor * config.patch_size, _tags(pipeline))
 
     def encode_prompt(self, prompts: list[str]) -> dict[str, Tensor]:
         """Return `prompt_embeds` (batch, tokens, width) and `pooled` (batch, width)."""
