@@ -75,7 +75,7 @@ def files(tmp_path_factory):
     """Return family -> (single file, diffusers folder): sd and sdxl are whole, the others denoisers alone."""
     root = tmp_path_factory.mktemp("bases")
     found = {}
-    for family in ("sd", "sdxl", "sd3", "z-image"):
+    for family in ("sd", "sdxl", "sd3", "z-image", "flux2", "qwen-image"):
         folder = tiny.saved(family)
         if family in CLIPS:
             folder = root / family
@@ -114,7 +114,7 @@ def denoiser(family, folder):
             continue
         two = place.swap == "two rows per input" and len(tensor) == 2 * 16  # the last block of SD3, of width 16
         turned = torch.cat(tensor.chunk(2)[::-1]) if two or place.swap == "always" else tensor
-        prefix = "" if family == "z-image" else "model.diffusion_model."
+        prefix = "model.diffusion_model." if family.startswith("sd") else ""
         found.setdefault(f"{prefix}{place.name}.{slot}", {})[place.part.index if place.part else 0] = turned
     return {key: torch.cat([parts[index] for index in sorted(parts)]).contiguous() for key, parts in found.items()}
 
@@ -159,7 +159,7 @@ def image(family):
     return next(make_images(family, [Shot("a red cat", "", 0)], how))[0].tobytes()
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "unet", "sd3", "z-image"])
+@pytest.mark.parametrize("family", ["sd", "sdxl", "unet", "sd3", "z-image", "flux2", "qwen-image"])
 def test_a_file_is_the_folder_that_it_was_made_of(family, files):
     path, folder = files[family]
     mine, theirs = loaded(path, folder), loaded(folder)
