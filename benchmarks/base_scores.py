@@ -86,7 +86,7 @@ def draw(pipe: Any, prompts: list[str], batch: int) -> tuple[Tensor, float]:
 
 def scores(
     pictures: Pictures, seen_by_vae: Tensor, trained: list[int], unseen: list[int], drawn: Tensor
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Return the shares that are right. `drawn`: the pictures of `trained` and then of `unseen`."""
     kept = (~pictures.held_out).nonzero().flatten().tolist()
     nearest = (hog(drawn) @ hog(pictures.pixels[kept]).T).argmax(1)
@@ -109,6 +109,9 @@ def scores(
         "unseen pairs: style by statistics": _share(by_statistics[new]),
         "real drawings: style by statistics": _share(real[kept]),
         "real drawings that were held out: style by statistics": _share(real[pictures.held_out]),
+        "unseen pairs, style by statistics": {
+            word: _share(by_statistics[new][[pictures.styles[index] == word for index in unseen]]) for word in words
+        },
     }
 
 

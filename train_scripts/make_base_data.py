@@ -3,7 +3,8 @@
     python train_scripts/make_base_data.py --out base-data.npz
 
 `base.toml` beside this file names the packages, with versions and integrity hashes, and says which subjects are taken.
-`npm` brings them, `resvg` draws them on white; the same command gives the same pictures, and prints their hash.
+`npm` brings them, `resvg` draws them; some styles are made of the drawings of another (base/treatments.py). Subjects
+that look alike are thinned out. The same command gives the same pictures, and prints their hash.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from base.measures import hog
+from base.treatments import SCALE, TREATMENTS
 from make_samples import member, npm_pack
 from numpy.typing import NDArray
 from PIL import Image
@@ -30,15 +34,17 @@ from vislora.errors import DataError, VisloraError, missing_extra
 from vislora.files import replacing
 
 RECIPE = Path(__file__).resolve().parent / "base.toml"
+SAMPLES = RECIPE.with_name("samples.toml")
 
 
 @dataclass(frozen=True)
 class Icon:
-    """One drawing: `svg` of `subject` in the style with this word."""
+    """One drawing: `svg` of `subject`, which its treatment puts into the style with this word."""
 
     subject: str
     style: str
     svg: str
+    treatment: str
 
 
 def archive(entry: Mapping[str, str]) -> bytes:
@@ -82,31 +88,34 @@ def icon_names(archived: bytes, subjects: Mapping[str, Mapping[str, str]]) -> di
 
 
 def icons_of(recipe: Mapping[str, Any]) -> list[Icon]:
-    """Return every drawing of the recipe, in a fixed order."""
+    """Return every drawing of the recipe whose subject all icon sets draw, in a fixed order."""
     subjects = subjects_of(recipe)
-    by_style: dict[str, dict[str, str]] = {}
+    sources: dict[str, dict[str, str]] = {}
     for style in recipe["style"]:
-        archived = archive(style)
-        icons = member(archived, "icons.json")
-        chosen = {e: name for e, name in icon_names(archived, subjects).items() if allowed(style, subjects[e])}
-        by_style[style["word"]] = {emoji: svg_of(icons, name, recipe["size"]) for emoji, name in chosen.items()}
-    enough = [e for e in subjects if sum(e in found for found in by_style.values()) >= needed(recipe, subjects[e])]
+        if "package" in style:
+            archived = archive(style)
+            icons = member(archived, "icons.json")
+            names = icon_names(archived, subjects)
+            side = SCALE * recipe["size"]
+            sources[style["word"]] = {emoji: svg_of(icons, name, side) for emoji, name in names.items()}
+    everywhere = [emoji for emoji in subjects if all(emoji in found for found in sources.values())]
     return [
-        Icon(subjects[emoji]["name"], word, found[emoji])
-        for emoji in sorted(enough, key=lambda emoji: subjects[emoji]["name"])
-        for word, found in by_style.items()
-        if emoji in found
+        Icon(
+            subjects[emoji]["name"], style["word"], sources[style.get("of", style["word"])][emoji], treatment_of(style)
+        )
+        for emoji in sorted(everywhere, key=lambda emoji: subjects[emoji]["name"])
+        for style in recipe["style"]
     ]
 
 
-def allowed(style: Mapping[str, Any], about: Mapping[str, str]) -> bool:
-    """Say whether a style may show subjects of this group."""
-    return about["group"] not in style.get("without", ())
+def source_of(style: Mapping[str, str]) -> str:
+    """Return the style whose drawings a style is made of."""
+    return style.get("of", style["word"])
 
 
-def needed(recipe: Mapping[str, Any], about: Mapping[str, str]) -> int:
-    """Return in how many styles a subject must be drawn: one less where a style leaves its group out."""
-    return recipe["sets"] - sum(not allowed(style, about) for style in recipe["style"])
+def treatment_of(style: Mapping[str, str]) -> str:
+    """Return what is done to the drawings: those of an icon set stay as they are."""
+    return style["word"] if "of" in style else "plain"
 
 
 def svg_of(icons: Mapping[str, Any], name: str, size: int) -> str:
@@ -121,27 +130,43 @@ def svg_of(icons: Mapping[str, Any], name: str, size: int) -> str:
 
 
 def drawn(icons: list[Icon]) -> Iterator[NDArray[np.uint8]]:
-    """Yield the pictures (size, size, 3) of `icons` on white, and say how far it is."""
+    """Yield the pictures (size, size, 3) of `icons`, and say how far it is."""
     try:
         import resvg_py
     except ImportError as error:
         raise missing_extra("resvg-py", "samples", "drawing the pictures") from error
     for number, icon in enumerate(icons, 1):
-        png = resvg_py.svg_to_bytes(svg_string=icon.svg, background="#ffffff")
-        yield np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
+        drawing = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=icon.svg)))).convert("RGBA")
+        yield np.asarray(TREATMENTS[icon.treatment](drawing))
         if number % 200 == 0 or number == len(icons):
             print(f"drawn {number} of {len(icons)}", flush=True)
 
 
-def held_out(icons: list[Icon], count: int, styles: list[str]) -> NDArray[np.bool_]:
-    """Choose `count` pairs to keep out of training, as many of each style, of subjects that every other style draws."""
-    drawings: dict[str, set[str]] = {}
-    for icon in icons:
-        drawings.setdefault(icon.subject, set()).add(icon.style)
-    everywhere = [subject for subject, found in drawings.items() if len(found) == len(styles)]
-    chosen = np.random.default_rng(0).permutation(everywhere)[:count]
-    pairs = {(str(subject), styles[number % len(styles)]) for number, subject in enumerate(chosen)}
-    return np.array([(icon.subject, icon.style) in pairs for icon in icons])
+def thinned(names: list[str], pictures: NDArray[np.uint8], count: int, kept: set[str]) -> list[str]:
+    """Return `count` subjects, those `kept` and then, one by one, the one that looks least like any chosen before.
+
+    names: a subject for each row of `pictures` (subjects, styles, size, size, 3).
+    """
+    features = torch.stack([hog(torch.from_numpy(part).permute(0, 3, 1, 2)) for part in pictures.swapaxes(0, 1)])
+    apart = torch.stack([torch.cdist(part, part) for part in features]).mean(0)
+    chosen = [number for number, name in enumerate(names) if name in kept]
+    while len(chosen) < min(count, len(names)):
+        distance = apart[chosen].amin(0)
+        distance[chosen] = -1.0
+        chosen.append(int(distance.argmax()))
+    return [names[number] for number in sorted(chosen)]
+
+
+def held_out(subjects: list[str], styles: list[str], count: int) -> set[tuple[str, str]]:
+    """Choose `count` pairs to keep out of training, each of another subject, as many of each style."""
+    chosen = np.random.default_rng(0).permutation(subjects)[:count]
+    return {(str(subject), styles[number % len(styles)]) for number, subject in enumerate(chosen)}
+
+
+def subjects_of_samples() -> set[str]:
+    """Return the subjects of the samples: the base has to know them."""
+    recipe = tomllib.loads(SAMPLES.read_text(encoding="utf-8"))
+    return {*recipe["excluded"], *(subject for folder in recipe["folder"] for subject in folder["subjects"])}
 
 
 def main() -> int:
@@ -157,13 +182,22 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     styles = [style["word"] for style in recipe["style"]]
-    apart = held_out(icons, recipe["held_out"], styles)
+    rows = pictures.reshape(-1, len(styles), *pictures.shape[1:])
+    names = [icon.subject for icon in icons[:: len(styles)]]
+    subjects = thinned(names, rows, recipe["subjects"], subjects_of_samples())
+    kept = [number for number, icon in enumerate(icons) if icon.subject in set(subjects)]
+    icons, pictures = [icons[number] for number in kept], pictures[kept]
+    apart = held_out(subjects, styles, recipe["held_out"])
     with replacing(chosen.out) as temporary, temporary.open("wb") as file:
-        subjects, words = np.array([icon.subject for icon in icons]), np.array([icon.style for icon in icons])
-        np.savez_compressed(file, pictures=pictures, subjects=subjects, styles=words, held_out=apart)
-    count = len({icon.subject for icon in icons})
+        np.savez_compressed(
+            file,
+            pictures=pictures,
+            subjects=np.array([icon.subject for icon in icons]),
+            styles=np.array([icon.style for icon in icons]),
+            held_out=np.array([(icon.subject, icon.style) in apart for icon in icons]),
+        )
     digest = hashlib.sha256(pictures.tobytes() + "\n".join(f"{i.subject}/{i.style}" for i in icons).encode())
-    print(f"{len(icons)} pictures of {count} subjects in {len(styles)} styles, {apart.sum()} pairs held out")
+    print(f"{len(icons)} pictures of {len(subjects)} subjects in {len(styles)} styles, {len(apart)} pairs held out")
     print(
         f"{chosen.out}: {chosen.out.stat().st_size / 1e6:.1f} MB, pictures and names have SHA-256 {digest.hexdigest()}"
     )

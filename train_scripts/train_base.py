@@ -1,7 +1,7 @@
 """Train the embedded base from nothing but the pictures of make_base_data.py, on a GPU or on CPU cores.
 
     python train_scripts/make_base_data.py --out base-data.npz
-    python train_scripts/train_base.py --data base-data.npz --out runs/base --minutes 5
+    python train_scripts/train_base.py --data base-data.npz --out runs/base --images 2000000
 
 First the vocabulary, then the VAE, then its decoder alone, then denoiser and text encoder together. What is finished is
 kept in OUT, so the same command goes on where it was stopped. `OUT/base` is the diffusers folder; it is written every
@@ -19,22 +19,18 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from base.denoiser import Both, Examples, Training, train_denoiser
-from base.parts import (
-    make_text_encoder,
-    make_unet,
-    make_vae,
-    pipeline,
-    read_tokenizer,
-    train_tokenizer,
-    write_base,
-)
+from base.denoiser import Examples, Training, train_denoiser
+from base.layout import Layout
+from base.parts import make_vae, read_tokenizer, train_tokenizer, write_base
 from base.pictures import Pictures, prompt_of
 from base.progress import Budget, draw_curve
+from base.sd import StableDiffusion1
+from base.sd3 import StableDiffusion3
 from base.vae import encode, finish_decoder, train_vae
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from vislora.files import replacing
 
@@ -69,29 +65,36 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Minutes:
-    """How long each part is trained."""
+class Counts:
+    """A number for each part that is trained."""
 
-    vae: float
-    decoder: float
-    denoiser: float
+    vae: int
+    decoder: int
+    denoiser: int
+
+
+LAYOUTS: dict[str, Layout] = {"sd": StableDiffusion1(), "sd3": StableDiffusion3()}
+BATCHES = {"cuda": Counts(512, 128, 512), "cpu": Counts(32, 16, 64)}
 
 
 def make_tokenizer(place: Place, pictures: Pictures) -> None:
     """Train the vocabulary on all captions, those of held-out pairs included: their words are known ones."""
     if not (place.tokenizer / "merges.txt").exists():
-        train_tokenizer([text for row in pictures.captions() for text in row], place.tokenizer)
+        train_tokenizer(pictures.texts(), place.tokenizer)
 
 
-def settled_vae(place: Place, pictures: Pictures, accelerator: Accelerator, minutes: float) -> AutoencoderKL:
-    """Return the trained VAE, trained now when it is not there yet."""
+def settled_vae(
+    place: Place, pictures: Pictures, accelerator: Accelerator, steps: int, start: Path | None
+) -> AutoencoderKL:
+    """Return the trained VAE, trained now, from that of the base in `start` if given, when it is not there yet."""
     vae = make_vae().to(accelerator.device)
     if place.vae.exists():
         vae.load_state_dict(load_file(place.vae))
         return vae.eval()
-    on_gpu = accelerator.device.type == "cuda"
-    budget = Budget(minutes, place.log, "vae")
-    train_vae(vae, pictures.pixels.to(accelerator.device), budget, accelerator, 512 if on_gpu else 32)
+    if start:
+        vae.load_state_dict(AutoencoderKL.from_pretrained(start / "vae").state_dict())
+    budget = Budget(steps, place.log, "vae")
+    train_vae(vae, pictures.pixels.to(accelerator.device), budget, accelerator, BATCHES[accelerator.device.type].vae)
     keep(vae, place.vae)
     return vae
 
@@ -102,9 +105,9 @@ def keep(vae: AutoencoderKL, path: Path) -> None:
         save_file({key: value.contiguous().cpu() for key, value in vae.state_dict().items()}, temporary)
 
 
-def export(place: Place, vae: AutoencoderKL, styles: list[str], both: Both) -> None:
+def export(place: Place, layout: Layout, vae: AutoencoderKL, styles: list[str], model: nn.Module) -> None:
     """Write the base as it is now, and a grid of what it draws."""
-    pipe = pipeline(vae, both.unet, both.text, read_tokenizer(place.tokenizer))
+    pipe = layout.pipeline(vae, model, read_tokenizer(place.tokenizer, layout.length))
     write_base(pipe, place.tokenizer, place.folder / "base")
     grid(pipe, styles).save(place.folder / "grid.png")
     for what in ("vae", "decoder", "denoiser"):
@@ -112,9 +115,10 @@ def export(place: Place, vae: AutoencoderKL, styles: list[str], both: Both) -> N
 
 
 @torch.no_grad()
-def grid(pipe: StableDiffusionPipeline, styles: list[str]) -> Image.Image:
+def grid(pipe: DiffusionPipeline, styles: list[str]) -> Image.Image:
     """Return a sheet of subjects (across) and styles (down)."""
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    if isinstance(pipe, StableDiffusionPipeline):
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     prompts = [prompt_of(subject, style) for style in styles for subject in SHOWN]
     generator = torch.Generator().manual_seed(0)
@@ -126,27 +130,30 @@ def grid(pipe: StableDiffusionPipeline, styles: list[str]) -> Image.Image:
     return sheet
 
 
-def run(data: Path, place: Place, minutes: Minutes, batch: int | None) -> None:
+def run(place: Place, images: Counts, chosen: argparse.Namespace) -> None:
     """Train all parts."""
-    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    accelerator = Accelerator(mixed_precision=chosen.precision)
     torch.set_float32_matmul_precision("high")
     set_seed(0)
-    pictures = Pictures.read(data)
+    at_once = BATCHES[accelerator.device.type]
+    pictures = Pictures.read(chosen.data)
     make_tokenizer(place, pictures)
-    trained, tokenizer = pictures.trained(), read_tokenizer(place.tokenizer)
-    vae = settled_vae(place, trained, accelerator, minutes.vae)
+    layout = LAYOUTS[chosen.layout]
+    trained, tokenizer = pictures.trained(), read_tokenizer(place.tokenizer, layout.length)
+    vae = settled_vae(place, trained, accelerator, images.vae // at_once.vae, chosen.vae_from)
     pixels = trained.pixels.to(accelerator.device)
     moments = encode(vae, pixels)
     if not place.decoder.exists():
-        finish_decoder(vae, moments, pixels, Budget(minutes.decoder, place.log, "decoder"), accelerator)
+        budget = Budget(images.decoder // at_once.decoder, place.log, "decoder")
+        finish_decoder(vae, moments, pixels, budget, accelerator, at_once.decoder)
         keep(vae, place.decoder)
     vae.load_state_dict(load_file(place.decoder))
-    examples = Examples(moments, trained.tokens(tokenizer).to(accelerator.device), vae.config.scaling_factor)
-    training = Training(Both(make_unet(), make_text_encoder(tokenizer)), accelerator, place.folder / "state.pt")
-    budget = Budget(minutes.denoiser, place.log, "denoiser", *training.resume())
-    count = batch or (512 if accelerator.device.type == "cuda" else 32)
-    print(f"{len(moments)} pictures, {count} at once, on {accelerator.device}", flush=True)
-    train_denoiser(training, examples, budget, count, partial(export, place, vae, sorted(set(trained.styles))))
+    examples = Examples(moments, trained, tokenizer, vae.config.scaling_factor)
+    training = Training(layout, layout.model(tokenizer), accelerator, place.folder / "state.pt")
+    budget = Budget(images.denoiser // at_once.denoiser, place.log, "denoiser", *training.resume())
+    print(f"{len(moments)} pictures, {at_once.denoiser} at once, on {accelerator.device}", flush=True)
+    shown = partial(export, place, layout, vae, sorted(set(trained.styles)))
+    train_denoiser(training, examples, budget, at_once.denoiser, shown)
     print(f"{budget.step} steps, {budget.images} images seen in this run: {place.folder / 'base'}", flush=True)
 
 
@@ -155,17 +162,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("base-data.npz"), help="the file of make_base_data.py")
     parser.add_argument("--out", type=Path, default=Path("runs/base"), help="folder of the run")
-    parser.add_argument("--minutes", type=float, default=120.0, help="time for denoiser and text encoder")
-    parser.add_argument("--vae-minutes", type=float, default=10.0, help="time for the VAE")
-    parser.add_argument("--decoder-minutes", type=float, default=20.0, help="more time for its decoder")
-    parser.add_argument("--batch-size", type=int, help="images in a step; by default 512 on a GPU, 32 on a CPU")
+    parser.add_argument("--layout", choices=LAYOUTS, default="sd", help="Stable Diffusion 1's UNet or 3's transformer")
+    parser.add_argument("--images", type=int, default=700_000, help="how many denoiser and text encoder see")
+    parser.add_argument("--vae-images", type=int, default=100_000, help="how many crops the VAE sees")
+    parser.add_argument("--decoder-images", type=int, default=60_000, help="how many more its decoder sees, whole")
+    parser.add_argument("--vae-from", type=Path, help="folder of a base whose VAE is trained on, not a fresh one")
+    parser.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="`no` for a CPU without bfloat16")
     chosen = parser.parse_args()
     if not chosen.data.exists():
         print(f"{chosen.data} is not there: make it with train_scripts/make_base_data.py", file=sys.stderr)
         return 2
     chosen.out.mkdir(parents=True, exist_ok=True)
-    minutes = Minutes(chosen.vae_minutes, chosen.decoder_minutes, chosen.minutes)
-    run(chosen.data, Place(chosen.out), minutes, chosen.batch_size)
+    run(Place(chosen.out), Counts(chosen.vae_images, chosen.decoder_images, chosen.images), chosen)
     return 0
 
 

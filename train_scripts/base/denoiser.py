@@ -1,4 +1,4 @@
-"""Train the denoiser and the text encoder together, from scratch, on latents."""
+"""Train the denoiser and the text encoders together, from scratch, on latents."""
 
 from __future__ import annotations
 
@@ -10,28 +10,17 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
-from base.parts import make_scheduler
-from base.pictures import CAPTIONS
+from base.layout import Layout
+from base.pictures import Pictures
 from base.progress import Budget
 from base.vae import sampled
 
-RATE, CLIP, SNR_LIMIT = 1.2e-3, 1.0, 5.0
-AVERAGE = 0.9995
-SAVE_EVERY = 60.0
-
-
-class Both(nn.Module):
-    """The denoiser and the text encoder as one model."""
-
-    def __init__(self, unet: nn.Module, text: nn.Module) -> None:
-        super().__init__()
-        self.unet, self.text = unet, text
-
-    def forward(self, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        """Return the predicted noise. noisy: (batch, 4, height, width); t: (batch,); ids: (batch, length)."""
-        prediction: Tensor = self.unet(noisy, t, self.text(ids)[0]).sample
-        return prediction
+RATE, CLIP = 1.2e-3, 1.0
+AVERAGE = 0.999
+SAVE_EVERY = {"cuda": 60.0, "cpu": 300.0}
+"""Seconds. On a CPU a grid of examples takes some of them."""
 
 
 class Average:
@@ -50,49 +39,44 @@ class Average:
 
 
 class Examples:
-    """Everything to learn from, on the device: latents as moments, and the tokens of every caption."""
+    """Everything to learn from, on the device: latents as moments, and the caption of each, drawn anew every time."""
 
-    def __init__(self, moments: Tensor, tokens: Tensor, scaling_factor: float) -> None:
-        self.moments, self.tokens, self.scaling_factor = moments, tokens, scaling_factor
-        self.shares = torch.tensor([share for _, share in CAPTIONS], device=moments.device)
-        self.alphas = make_scheduler().alphas_cumprod.to(moments.device)
+    def __init__(self, moments: Tensor, pictures: Pictures, tokenizer: CLIPTokenizer, scaling_factor: float) -> None:
+        self.moments, self.scaling_factor = moments, scaling_factor
+        self._pictures, self._tokenizer = pictures, tokenizer
 
-    def draw(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return noisy latents, timesteps, ids, the noise, and the weight of each (min-SNR, arXiv 2303.09556 eq. 5)."""
+    def draw(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return scaled latents (count, 4, height, width) and the ids of captions (count, length)."""
         device = self.moments.device
-        chosen = torch.randint(len(self.moments), (count,), device=device)
-        latents = sampled(self.moments[chosen]) * self.scaling_factor
-        which = torch.multinomial(self.shares, count, replacement=True)
-        t = torch.randint(len(self.alphas), (count,), device=device)
-        alpha, noise = self.alphas[t].view(-1, 1, 1, 1), torch.randn_like(latents)
-        noisy = alpha.sqrt() * latents + (1.0 - alpha).sqrt() * noise
-        snr = self.alphas[t] / (1.0 - self.alphas[t])
-        return noisy, t, self.tokens[chosen, which], noise, snr.clamp(max=SNR_LIMIT) / snr
+        chosen = torch.randint(len(self.moments), (count,))
+        texts = self._pictures.captions(chosen)
+        ids = self._tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return sampled(self.moments[chosen.to(device)]) * self.scaling_factor, ids.to(device)
 
 
 class Training:
     """The model, its average and optimizer; `save` and `resume` keep all of it in one file."""
 
-    def __init__(self, model: Both, accelerator: Accelerator, state: Path) -> None:
-        fused = accelerator.device.type == "cuda"
+    def __init__(self, layout: Layout, model: nn.Module, accelerator: Accelerator, state: Path) -> None:
+        on_gpu = accelerator.device.type == "cuda"
         model.to(accelerator.device)
-        if fused:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = Average(model)  # before `prepare`, which puts a forward of its own into the model
-        optimizer = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=fused)
-        self.accelerator, self._state = accelerator, state
+        optimizer = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        self.layout, self.accelerator, self._state = layout, accelerator, state
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
-        self.run = torch.compile(self.model) if fused else self.model
+        self.run = torch.compile(self.model) if on_gpu else self.model
 
     def step(self, examples: Examples, batch: int, factor: float) -> Tensor:
         """Do one step and return the loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = RATE * factor
-        noisy, t, ids, noise, weight = examples.draw(batch)
+        latents, ids = examples.draw(batch)
+        noisy, t, target, weight = self.layout.noised(latents)
         with self.accelerator.autocast():
             predicted = self.run(noisy, t, ids)
-        loss = ((predicted.float() - noise).square().mean(dim=(1, 2, 3)) * weight).mean()
+        loss = ((predicted.float() - target).square().mean(dim=(1, 2, 3)) * weight).mean()
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
@@ -106,6 +90,7 @@ class Training:
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"optimizer": self.optimizer.state_dict()}
         state |= {"spent": budget.spent, "step": budget.step, "count": self.average.count}
+        state |= {"random": torch.get_rng_state()}
         aside = self._state.with_suffix(".part")
         torch.save(state, aside)
         os.replace(aside, self._state)
@@ -119,22 +104,24 @@ class Training:
         self.average.model.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.count = state["count"]
+        torch.set_rng_state(state["random"].cpu())
         return state["spent"], state["step"]
 
 
 def train_denoiser(
-    training: Training, examples: Examples, budget: Budget, batch: int, export: Callable[[Both], None]
+    training: Training, examples: Examples, budget: Budget, batch: int, export: Callable[[nn.Module], None]
 ) -> None:
     """Train until the budget is spent; every minute save the state and `export` the average."""
+    every = SAVE_EVERY[examples.moments.device.type]
     saved, total, steps = budget.spent, torch.zeros((), device=examples.moments.device), 0
     for factor in budget.steps():
         total, steps = total + training.step(examples, batch, factor), steps + 1
         if budget.due(10.0, batch):
             budget.tell(loss=float(total) / steps, rate=RATE * factor)
             total, steps = torch.zeros_like(total), 0
-        if budget.spent - saved > SAVE_EVERY:
+        if budget.spent - saved > every:
             training.save(budget)
-            export(training.average.model)  # type: ignore[arg-type]
+            export(training.average.model)
             saved = budget.spent
     training.save(budget)
-    export(training.average.model)  # type: ignore[arg-type]
+    export(training.average.model)

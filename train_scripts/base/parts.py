@@ -1,4 +1,4 @@
-"""The models of the embedded base, in the standard Stable Diffusion layout, and its folder on disk."""
+"""What both layouts of the base share: the vocabulary, the VAE, and the folder on disk."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer, PreTrainedModel
 
-SIZE, FACTOR, WIDTH, LENGTH = 64, 4, 128, 77
+SIZE, FACTOR = 64, 4
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -59,8 +59,8 @@ def _write_vocabulary(letters: list[str], merges: list[tuple[str, str]], folder:
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def read_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Return the tokenizer of `train_tokenizer`."""
+def read_tokenizer(folder: Path, length: int) -> CLIPTokenizer:
+    """Return the tokenizer of `train_tokenizer`, which cuts prompts off at `length` tokens."""
     vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
     return CLIPTokenizer(
@@ -70,7 +70,7 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
         eos_token=END,
         pad_token=END,
         unk_token=END,
-        model_max_length=LENGTH,
+        model_max_length=length,
     )
 
 
@@ -88,75 +88,25 @@ def make_vae() -> AutoencoderKL:
     )
 
 
-def make_unet() -> UNet2DConditionModel:
-    """Return a fresh denoiser: attention at 8 x 8 and 4 x 4."""
-    return UNet2DConditionModel(
-        sample_size=SIZE // FACTOR,
-        block_out_channels=(64, 128, 160),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=WIDTH,
-        attention_head_dim=(2, 4, 5),
-        norm_num_groups=16,
-    )
-
-
-def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Return a fresh text encoder for this vocabulary."""
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
-        projection_dim=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=LENGTH,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return CLIPTextModel(config)
-
-
-def make_scheduler() -> DDIMScheduler:
-    """Return Stable Diffusion's noise schedule."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-
-
-def pipeline(vae: AutoencoderKL, unet: nn.Module, text: nn.Module, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
-    """Return the pipeline of these parts."""
-    return StableDiffusionPipeline(
-        vae=vae,
-        unet=unet,
-        text_encoder=text,
-        tokenizer=tokenizer,
-        scheduler=make_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-def write_base(pipe: StableDiffusionPipeline, tokenizer_files: Path, folder: Path) -> None:
+def write_base(pipe: DiffusionPipeline, tokenizer_files: Path, folder: Path) -> None:
     """Write a pipeline as a diffusers folder in half precision, which old and new versions load in float32."""
     pipe.save_pretrained(folder)
-    for part, name in (("vae", "diffusion_pytorch_model"), ("unet", "diffusion_pytorch_model")):
-        _write_half(getattr(pipe, part).state_dict(), folder / part / f"{name}.safetensors")
-    # transformers 5 has no module `text_model`; with the prefix older versions load the file, too
-    state = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in _state(pipe.text_encoder)}
-    _write_half(state, folder / "text_encoder" / "model.safetensors")
-    _set(folder / "text_encoder" / "config.json", dtype="float32")
-    for name in ("vocab.json", "merges.txt"):
-        (folder / "tokenizer" / name).write_bytes((tokenizer_files / name).read_bytes())
+    for name, part in pipe.components.items():
+        if isinstance(part, PreTrainedModel):
+            # transformers 5 has no module `text_model`; with the prefix older versions load the file, too
+            _write_half({_old_name(key): value for key, value in _state(part)}, folder / name / "model.safetensors")
+            _set(folder / name / "config.json", dtype="float32")
+        elif isinstance(part, nn.Module):
+            _write_half(dict(_state(part)), folder / name / "diffusion_pytorch_model.safetensors")
+        elif isinstance(part, CLIPTokenizer):
+            for file in ("vocab.json", "merges.txt"):
+                (folder / name / file).write_bytes((tokenizer_files / file).read_bytes())
     (folder / "vislora.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n", encoding="utf-8")
+
+
+def _old_name(key: str) -> str:
+    plain = key.removeprefix("text_model.")
+    return plain if plain.startswith("text_projection") else f"text_model.{plain}"
 
 
 def _state(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-CAPTIONS = (("{a} {subject}, {style} style", 0.80), ("{a} {subject}", 0.07), ("{style} style", 0.03), ("", 0.10))
-"""How a picture is described, and how often: parts are left out, so that each means something alone."""
+CAPTIONS = (
+    ("{a} {subject}, {style} style", 0.70),
+    ("{a} {subject}", 0.04),
+    ("{a} {subject}, {word} style", 0.05),
+    ("{word} {subject}", 0.03),
+    ("{style} style", 0.08),
+    ("", 0.10),
+)
+"""How a picture is described, and how often: parts are left out, so that each means something alone. `word` is made up
+every time, so that a word that the base does not know leaves the rest of the prompt what it means."""
+SYLLABLES = tuple(first + second for first in "bcdfghjklmnprstvwz" for second in "aeiou")
 
 
 @dataclass(frozen=True)
@@ -37,22 +45,24 @@ class Pictures:
         subjects, styles = ([names[index] for index in kept] for names in (self.subjects, self.styles))
         return Pictures(self.pixels[kept], subjects, styles, self.held_out[kept])
 
-    def captions(self) -> list[list[str]]:
-        """Return every picture's captions, in the order of `CAPTIONS`."""
-        pairs = zip(self.subjects, self.styles, strict=True)
-        return [[caption(form, subject, style) for form, _ in CAPTIONS] for subject, style in pairs]
+    def texts(self) -> list[str]:
+        """Return all that a vocabulary should know."""
+        return [prompt_of(subject, style) for subject, style in zip(self.subjects, self.styles, strict=True)]
 
-    def tokens(self, tokenizer: Any) -> Tensor:
-        """Return the token ids of the captions, (n, captions, length)."""
-        texts = self.captions()
-        flat = [text for row in texts for text in row]
-        ids = tokenizer(flat, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        return ids.reshape(len(texts), len(CAPTIONS), -1)
+    def captions(self, chosen: Tensor) -> list[str]:
+        """Return a caption, drawn at random, for each of the `chosen` (n,)."""
+        shares = torch.tensor([share for _, share in CAPTIONS])
+        forms = torch.multinomial(shares, len(chosen), replacement=True).tolist()
+        words = torch.randint(len(SYLLABLES), (len(chosen), 2)).tolist()
+        return [
+            caption(CAPTIONS[form][0], self.subjects[index], self.styles[index], "".join(SYLLABLES[n] for n in word))
+            for form, index, word in zip(forms, chosen.tolist(), words, strict=True)
+        ]
 
 
-def caption(form: str, subject: str, style: str) -> str:
+def caption(form: str, subject: str, style: str, word: str = "") -> str:
     """Return a caption, with the article that the subject needs."""
-    return form.format(a="an" if subject[0] in "aeiou" else "a", subject=subject, style=style)
+    return form.format(a="an" if subject[0] in "aeiou" else "a", subject=subject, style=style, word=word)
 
 
 def prompt_of(subject: str, style: str) -> str:

@@ -1,4 +1,4 @@
-"""How far a training is: a time budget, the rate that follows from it, and a log."""
+"""How far a training is: its steps, the rate that follows from them, and a log."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ WARMUP = 0.02
 
 
 class Budget:
-    """Counts steps and time. The time of the first step, in which kernels are compiled, is not counted."""
+    """Counts steps and time. Steps, not minutes, say when a training ends: so it can be repeated."""
 
-    def __init__(self, minutes: float, log: Path, what: str, spent: float = 0.0, step: int = 0) -> None:
-        self.seconds, self.what, self.step, self.images = 60.0 * minutes, what, step, 0
-        self._log, self._before, self._began, self._told = log, spent, 0.0, 0.0
+    def __init__(self, steps: int, log: Path, what: str, spent: float = 0.0, step: int = 0) -> None:
+        self.total, self.what, self.step, self.images = steps, what, step, 0
+        self._first = step
+        self._log, self._before, self._began = log, spent, time.perf_counter()
+        self._told = self._began
 
     @property
     def spent(self) -> float:
         """Return the seconds spent so far, those of earlier runs included."""
-        return self._before + (time.perf_counter() - self._began if self._began else 0.0)
-
-    @property
-    def done(self) -> float:
-        """Return the share of the budget that is spent, at most 1."""
-        return min(1.0, self.spent / self.seconds) if self.seconds else 1.0
+        return self._before + time.perf_counter() - self._began
 
     def steps(self) -> Iterator[float]:
-        """Yield the factor of the learning rate for every step, until the time is over: warm-up, then a cosine."""
-        while self.done < 1.0:
-            yield min(1.0, self.done / WARMUP + 1e-3) * 0.5 * (1.0 + math.cos(math.pi * self.done))
+        """Yield the factor of the learning rate for every step: warm-up, then a cosine."""
+        while self.step < self.total:
+            done = self.step / self.total
+            yield min(1.0, done / WARMUP + 1e-3) * 0.5 * (1.0 + math.cos(math.pi * done))
             self.step += 1
-            if not self._began:
-                self._began = self._told = time.perf_counter()
 
     def due(self, every: float, images: int) -> bool:
         """Count `images`, and say whether it is time to tell how far it is, every so many seconds."""
         self.images += images
-        return bool(self._began) and time.perf_counter() - self._told >= every
+        return time.perf_counter() - self._told >= every
 
     def tell(self, **figures: float) -> None:
         """Print and log where it stands."""
         now = time.perf_counter()
-        rate, left = self.images / max(now - self._began, 1e-9), self.seconds - self.spent
+        rate = self.images / max(now - self._began, 1e-9)
+        left = (now - self._began) / max(self.step - self._first, 1) * (self.total - self.step)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        print(f"{self.what}: step {self.step}, {rate:.0f} images/s, {max(0.0, left):.0f} s left, {shown}", flush=True)
+        print(
+            f"{self.what}: step {self.step} of {self.total}, {rate:.0f} images/s, {left:.0f} s left, {shown}",
+            flush=True,
+        )
         with self._log.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"what": self.what, "step": self.step, "seconds": self.spent, **figures}) + "\n")
         self._told = now

@@ -40,13 +40,13 @@ def train_vae(vae: AutoencoderKL, pixels: Tensor, budget: Budget, accelerator: A
     vae.eval()
 
 
-def finish_decoder(vae: AutoencoderKL, moments: Tensor, pixels: Tensor, budget: Budget, run: Accelerator) -> None:
+def finish_decoder(
+    vae: AutoencoderKL, moments: Tensor, pixels: Tensor, budget: Budget, run: Accelerator, batch: int
+) -> None:
     """Train the decoder of `vae` alone, in place, on latents drawn from `moments`: the latents stay what they are."""
     parameters = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
-    on_gpu = run.device.type == "cuda"
     optimizer = run.prepare(torch.optim.AdamW(parameters, RATE, betas=(0.9, 0.99)))
-    decode = torch.compile(vae.decode) if on_gpu else vae.decode
-    batch = 128 if on_gpu else 16
+    decode = torch.compile(vae.decode) if run.device.type == "cuda" else vae.decode
     for factor in budget.steps():
         for group in optimizer.param_groups:
             group["lr"] = RATE * factor

@@ -1,0 +1,50 @@
+"""What a layout of the base is: its models, what they learn from, and the pipeline that they make."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+from diffusers import AutoencoderKL, DiffusionPipeline
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTokenizer
+
+
+class Noised(NamedTuple):
+    """Noisy latents (batch, 4, height, width), timesteps (batch,), what to predict, and the weight of each (batch,)."""
+
+    latents: Tensor
+    t: Tensor
+    target: Tensor
+    weight: Tensor
+
+
+class Layout(Protocol):
+    """One file implements it for Stable Diffusion 1, one for Stable Diffusion 3."""
+
+    length: int
+    """How many tokens of a prompt the text encoders see."""
+
+    def model(self, tokenizer: CLIPTokenizer) -> nn.Module:
+        """Return fresh denoiser and text encoders as one model: forward(noisy latents, t, ids) predicts the target."""
+
+    def noised(self, latents: Tensor) -> Noised:
+        """Return scaled `latents` with noise, at random timesteps."""
+
+    def pipeline(self, vae: AutoencoderKL, model: Any, tokenizer: CLIPTokenizer) -> DiffusionPipeline:
+        """Return the pipeline of these parts."""
+
+
+def text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
+    """Return the configuration of a text encoder of two layers for this vocabulary."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )

@@ -1,0 +1,117 @@
+"""The base in Stable Diffusion 3's layout: a tiny MM-DiT with two CLIP text encoders, without T5, a rectified flow."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+from base.layout import Noised, text_config
+from base.parts import FACTOR, SIZE
+
+WIDTH, HEADS, LAYERS, TEXT_WIDTH = 192, 6, 7, 96
+EMPTY = 256
+"""So many tokens of zeros stand in the pipeline for a T5 that is not there."""
+
+
+class Both(nn.Module):
+    """The transformer and the text encoders as one model."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        super().__init__()
+        self.transformer = SD3Transformer2DModel(
+            sample_size=SIZE // FACTOR,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=LAYERS,
+            attention_head_dim=WIDTH // HEADS,
+            num_attention_heads=HEADS,
+            joint_attention_dim=2 * TEXT_WIDTH,
+            caption_projection_dim=WIDTH,
+            pooled_projection_dim=2 * TEXT_WIDTH,
+            pos_embed_max_size=SIZE // FACTOR // 2,
+            qk_norm="rms_norm",
+        )
+        for name, module in self.transformer.named_modules():  # blocks begin as the identity (DiT, arXiv 2212.09748)
+            if name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")):
+                nn.init.zeros_(module.weight)
+                nn.init.zeros_(module.bias)
+        self.transformer.set_attn_processor(OneForAll())
+        config = text_config(tokenizer, TEXT_WIDTH)
+        self.texts = nn.ModuleList(CLIPTextModelWithProjection(config) for _ in range(2))
+
+    def forward(self, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        """Return the predicted velocity. noisy: (batch, 4, height, width); t: (batch,); ids: (batch, length)."""
+        found = [text(ids, output_hidden_states=True) for text in self.texts]
+        context = torch.cat([each.hidden_states[-2] for each in found], -1)
+        context = torch.cat([context, torch.zeros_like(context[:, :1])], 1)
+        pooled = torch.cat([each.text_embeds for each in found], -1)
+        prediction: Tensor = self.transformer(noisy, context, pooled, t, return_dict=False)[0]
+        return prediction
+
+
+class OneForAll:
+    """Joint attention in which the last token of the context counts `EMPTY` times.
+
+    Tokens that are equal stay equal, for no position is added to the context: one, whose attention score is raised by
+    log(EMPTY), gives what all of them give, at a third of the work. Training only; the pipeline has all of them.
+    """
+
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Any:
+        """Return what attention adds to the image's tokens and to the context's."""
+        image = self._heads(attn, attn.to_q, attn.to_k, attn.to_v, hidden_states, attn.norm_q, attn.norm_k)
+        text = self._heads(
+            attn, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, encoder_hidden_states,
+            attn.norm_added_q, attn.norm_added_k,
+        )  # fmt: skip
+        query, key, value = (torch.cat(pair, 2) for pair in zip(image, text, strict=True))
+        scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+        scores = scores + F.pad(scores.new_full((1,), math.log(EMPTY)), (scores.shape[-1] - 1, 0))
+        out = (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2).flatten(2)
+        ours, theirs = out.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], 1)
+        return attn.to_out[0](ours), theirs if attn.context_pre_only else attn.to_add_out(theirs)
+
+    @staticmethod
+    def _heads(attn: Any, q: Any, k: Any, v: Any, x: Tensor, norm_q: Any, norm_k: Any) -> tuple[Tensor, ...]:
+        query, key, value = (part(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (q, k, v))
+        return norm_q(query), norm_k(key), value
+
+
+class StableDiffusion3:
+    """See `base.layout.Layout`. Times are drawn logit-normal (arXiv 2403.03206, section 3.1)."""
+
+    length = 32
+
+    def model(self, tokenizer: CLIPTokenizer) -> Both:
+        """Return fresh models."""
+        return Both(tokenizer)
+
+    def noised(self, latents: Tensor) -> Noised:
+        """Return (1 - s) x + s noise, 1000 s, noise - x and equal weights."""
+        noise = torch.randn_like(latents)
+        share = torch.randn(len(latents), device=latents.device).sigmoid()
+        s = share.view(-1, 1, 1, 1)
+        return Noised((1.0 - s) * latents + s * noise, 1000.0 * share, noise - latents, torch.ones_like(share))
+
+    def pipeline(self, vae: AutoencoderKL, model: Both, tokenizer: CLIPTokenizer) -> StableDiffusion3Pipeline:
+        """Return the pipeline. The transformer of `model` is copied: the pipeline's attention is diffusers' own."""
+        transformer = SD3Transformer2DModel.from_config(model.transformer.config)
+        transformer.load_state_dict(model.transformer.state_dict())
+        vae.register_to_config(shift_factor=0.0)
+        return StableDiffusion3Pipeline(
+            transformer=transformer.to(vae.device).eval(),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            vae=vae,
+            text_encoder=model.texts[0],
+            tokenizer=tokenizer,
+            text_encoder_2=model.texts[1],
+            tokenizer_2=tokenizer,
+            text_encoder_3=None,
+            tokenizer_3=None,
+        )
