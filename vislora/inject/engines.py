@@ -66,7 +66,7 @@ def merge(model: nn.Module) -> None:
     for path in stack.adapted():
         layer = stack.at(path)
         state = state_of(layer)
-        if state is not None and state.merges and state.on and not why_beside(layer, state, "merged"):
+        if state is not None and state.merges and state.on:
             state.drop()
             state.prepare(layer)
 

@@ -50,11 +50,11 @@ class LayerState:
     source: tuple[weakref.ref[Tensor], int] | None = None
     parts: list[Part] | None = None
 
-    def change(self, name: str) -> None:
-        """Take note of the adapter `name`, new or gone or of a new strength; drop what was made of it as it was."""
-        self.on.pop(name, None)
-        if name in self.adapters and self.adapters[name].is_active:
-            self.on = dict(sorted([*self.on.items(), (name, self.adapters[name])]))
+    def change(self, *names: str) -> None:
+        """Take note of adapters, new or gone or of a new strength; drop what was made of them as they were."""
+        still = [item for item in self.on.items() if item[0] not in names]
+        found = [(name, self.adapters[name]) for name in names if name in self.adapters]
+        self.on = dict(sorted([*still, *(item for item in found if item[1].is_active)]))
         self.on_bias = [adapter for adapter in self.on.values() if adapter.bias is not None]
         self.drop()
 

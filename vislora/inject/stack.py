@@ -106,13 +106,17 @@ class Stack:
     def set_strengths(self, given: Mapping[str, tuple[Strength, ...]]) -> None:
         """Change strengths, all or none."""
         self.require_room(given)
+        changed: dict[str, list[str]] = {}
         for name, strengths in given.items():
             for path in self.paths[self._known(name)]:
-                state = state_of(self.at(path))
-                if state is not None:
-                    self._tune(state.adapters[name], strengths)
-                    state.change(name)
+                changed.setdefault(path, []).append(name)
             self.moment.give(name, strengths)
+        for path, names in changed.items():
+            state = state_of(self.at(path))
+            if state is not None:
+                for name in names:
+                    self._tune(state.adapters[name], given[name])
+                state.change(*names)
         self._write()
 
     def set_composition(self, composition: Composition | None) -> None:
