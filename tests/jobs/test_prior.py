@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import vislora
 from tests import tiny
-from tests.jobs.train_helpers import config, trained
+from tests.jobs.train_helpers import config, image_folder, trained
 from vislora.data.captions import without_trigger
 from vislora.errors import ConfigError
 from vislora.inject.injection import FreshOptions, eject, inject_fresh
@@ -115,3 +115,52 @@ def test_the_flag_takes_a_table(tmp_path):
     given = parse(TrainConfig, ["--folder", "x", "--replace", '{"a " = ["the "]}'], "vislora train")
     assert given.prior.replace == {"a ": ("the ",)}
     assert config(tmp_path).prior.replace == {}
+
+
+def test_the_base_draws_what_is_compared(tmp_path):
+    prior = {"replace": {"a ": ["the ", ""]}, "images": 3, "share": 1.0}
+    runs = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        value, records = trained(tmp_path / name, "sd", prior=prior)
+        runs.append((load_file(value.path), sorted((value.path.parent / "priors").glob("*.png")), records))
+    assert len(runs[0][1]) == 3
+    assert [path.read_bytes() for path in runs[0][1]] == [path.read_bytes() for path in runs[1][1]]
+    assert all(torch.equal(runs[0][0][key], runs[1][0][key]) for key in runs[0][0])
+    told = [str(record) for record in runs[0][2] if "drawing priors" in str(record)]
+    assert len(told) >= 2
+
+
+def test_priors_with_pictures_of_their_own_are_compared_on_these(trainee):
+    family, adapters = trainee
+    with torch.no_grad():
+        text, prior = family.encode_prompt(["a red cat"]), family.encode_prompt(["a cat"])
+    draw = torch.Generator().manual_seed(3)
+    latents, own = torch.randn(1, 4, 8, 8, generator=draw), torch.randn(1, 4, 8, 8, generator=draw)
+    batch = {"latents": latents, "text": text, "captions": [""]}
+    module = DenoisingLoss(family, {"denoiser": adapters}, LossOptions(prior_weight=1.0, prior_share=1.0))
+    plain = module(batch, torch.Generator().manual_seed(5))
+    kept = {"prior_text": prior, "prior_captions": ["a cat"], "prior_latents": own}
+    both = module({**batch, **kept}, torch.Generator().manual_seed(5))
+    draw = torch.Generator().manual_seed(5)
+    family.objective.add_noise(latents, torch.randn(latents.shape, generator=draw), torch.zeros(1).long())
+    family.objective.sample_t(latents.shape, draw)
+    noise = torch.randn(own.shape, generator=draw)
+    t = family.objective.sample_t(own.shape, draw)
+    noisy = family.objective.add_noise(own, noise, t)
+    mine = family.predict(noisy, t, prior)
+    eject(family.components["denoiser"], "t")
+    assert (both - plain).item() == pytest.approx(
+        (mine - family.predict(noisy, t, prior)).square().mean().item(), rel=1e-4
+    )
+
+
+def test_pictures_need_to_know_what_they_leave_out(tmp_path):
+    with pytest.raises(ConfigError, match=r"say in prior\.replace"):
+        trained(tmp_path, "sd", prior={"images": 2})
+
+
+def test_pictures_have_no_source_to_start_from(tmp_path):
+    settings = {"base": str(tiny.saved("flux-kontext")), "data__sources": image_folder(tmp_path / "sources")}
+    with pytest.raises(ConfigError, match=r"leave it 0 where data\.sources is given"):
+        trained(tmp_path, prior={"images": 2, "replace": {"a ": ["the "]}}, **settings)

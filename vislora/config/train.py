@@ -109,6 +109,8 @@ class PriorConfig(Section):
     """What the difference to the base's prediction counts beside the loss of the images."""
     share: float = Field(0.5, gt=0, le=1)
     """Share of each batch that is compared; it costs time accordingly."""
+    images: int = Field(0, ge=0)
+    """Pictures that the base draws of those captions at the start, to compare on; 0: the folder's own images."""
 
 
 class SampleConfig(Section):

@@ -24,6 +24,7 @@ class TrainingSet(Dataset):
     `views`: as `encode.views` returned them. `text_keys`: caption -> key, as `cache_texts` returned it, or None when
     the text encoders are trained and need the captions themselves. `caption_dropout`: the chance, 0 to 1, that an
     example is seen with the empty caption. `priors`: caption -> those for which the base's prediction is kept, or None.
+    `prior_views`: the images on which it is kept, with captions of their own; empty: the examples themselves.
     `sources`: for each example the views of its source image, as many as its own, or None. `seen`: the text encoder
     sees them too, so that `text_keys` has `text_name(caption, view of the source)`.
     """
@@ -37,12 +38,14 @@ class TrainingSet(Dataset):
         seed: int = 0,
         caption_dropout: float = 0.0,
         priors: Mapping[str, Sequence[str]] | None = None,
+        prior_views: Sequence[View] = (),
         sources: Sequence[Sequence[View]] | None = None,
         seen: bool = False,
     ) -> None:
         self.cache, self.views, self.text_keys = cache, views, text_keys
         self.sources, self.seen = sources, seen
-        self.seed, self.caption_dropout, self.priors = seed, caption_dropout, priors
+        self.seed, self.caption_dropout = seed, caption_dropout
+        self.priors, self.prior_views = priors, prior_views
 
     def __len__(self) -> int:
         return len(self.views)
@@ -58,16 +61,27 @@ class TrainingSet(Dataset):
         view, source = its_views[chosen], None if self.sources is None else self.sources[index][chosen]
         dropped = is_dropped(self.seed, visit, index, self.caption_dropout)
         caption = "" if dropped else view.example.caption
-        stored = self._read(view.key, f"the latents of {view.example.path}")
-        target = torch.tensor([view.bucket.height, view.bucket.width])
-        found = {**stored, "target_size": target, "caption": caption, "text": self._text(caption, source)}
+        found = {**self._image(view), "caption": caption, "text": self._text(caption, source)}
         if source is not None:
-            found["source"] = self._read(source.key, f"the latents of {source.example.path}")["latents"]
+            found["source"] = self._image(source)["latents"]
         if self.priors is not None:
-            others = self.priors[view.example.caption]
-            prior = others[int(draw(self.seed, visit, "prior", index) * len(others))]
-            found |= {"prior_caption": prior, "prior_text": self._text(prior, source)}
+            found |= self._prior(view.example.caption, source, draw(self.seed, visit, "prior", index))
         return found
+
+    def _image(self, view: View) -> dict[str, Any]:
+        """Return the latents and the sizes."""
+        stored = self._read(view.key, f"the latents of {view.example.path}")
+        return {**stored, "target_size": torch.tensor([view.bucket.height, view.bucket.width])}
+
+    def _prior(self, caption: str, source: View | None, chance: float) -> dict[str, Any]:
+        """Return a prior of `caption`, and its image where it has one of its own. `chance`, 0 to 1, decides which."""
+        if self.prior_views:
+            view = self.prior_views[int(chance * len(self.prior_views))]
+            prior, image = view.example.caption, {f"prior_{name}": part for name, part in self._image(view).items()}
+        else:
+            others = (self.priors or {})[caption]
+            prior, image = others[int(chance * len(others))], {}
+        return {**image, "prior_caption": prior, "prior_text": self._text(prior, source)}
 
     def _text(self, caption: str, source: View | None) -> Tensors | None:
         if self.text_keys is None:
@@ -107,7 +121,8 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns `latents` (batch, channels, height, width); `original_size`, `crop_top_left` and `target_size`, each
     (batch, 2) as (height, width) or (top, left); `captions`, a list of strings; `text`, features by name with a batch
     dimension in front, or a list of them where they have different lengths, or None; with priors, `prior_captions` and
-    `prior_text` too; with sources, `source` (batch, channels, height, width). Raises `DataError` when shapes differ.
+    `prior_text` too, and where they have images of their own `prior_latents` and their sizes; with sources, `source`
+    (batch, channels, height, width). Raises `DataError` when shapes differ.
     """
     plain = [name for name, value in items[0].items() if isinstance(value, Tensor)]
     result: dict[str, Any] = {name: _stacked(name, [item[name] for item in items]) for name in plain}

@@ -11,26 +11,18 @@ import torch
 
 from vislora.data.buckets import Bucket, assign, bucket_notes, bucket_summary
 from vislora.data.cache import Cache, weights_fingerprint
-from vislora.data.captions import without_trigger
 from vislora.data.dataset import TrainingSet, text_name
 from vislora.data.encode import View, cache_latents, cache_texts, views
 from vislora.data.pairs import find_sources, source_views
 from vislora.data.sampler import Batch, Sampler
 from vislora.data.scan import Example, ScanResult, scan
 from vislora.errors import ConfigError
-from vislora.jobs.plan import Plan
+from vislora.jobs.plan import Plan, images_at_once
+from vislora.jobs.priors import draw_priors, prior_captions, prior_views
 from vislora.jobs.run_folder import RunFolder
 from vislora.models.base import Family, ReadsSource, tokenizers_of
 from vislora.models.sampling import cut_off, vae_as
 from vislora.records import Note, Record
-
-
-def images_at_once(resolution: int) -> int:
-    """Return how many images of `resolution` squared pixels the VAE is given at once: 8, fewer above 256.
-
-    An `AutoencoderKL` of the usual widths takes about 2.5 KiB a pixel in float32: eight of 1024 would be 20 GiB.
-    """
-    return min(8, max(1, 8 * 256**2 // resolution**2))
 
 
 @dataclass(frozen=True)
@@ -89,9 +81,11 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
     )
     shown = source_views(wanted, sources) if sources else None
     at_once = images_at_once(plan.resolution)
+    priors = prior_captions([example.caption for example in found.examples], config.prior.replace)
+    drawn = yield from draw_priors(plan, family, folder, priors)
+    kept = prior_views(drawn, plan, family, _image_fingerprint(family))
     with vae_as(family, torch.float32):
-        yield from cache_latents(cache, [*wanted, *(shown or [])], family.encode_image, batch_size=at_once)
-    priors = _priors([example.caption for example in found.examples], config.prior.replace)
+        yield from cache_latents(cache, [*wanted, *(shown or []), kept], family.encode_image, batch_size=at_once)
     seen = shown if family.traits.source == "latents and text" else None
     keys = None
     if not config.adapter.text_encoders:
@@ -103,6 +97,7 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
         seed=config.seed,
         caption_dropout=data.caption_dropout,
         priors=priors,
+        prior_views=kept,
         sources=shown,
         seen=seen is not None,
     )
@@ -164,17 +159,6 @@ def _cache_texts(cache: Cache, family: Family, texts: Texts) -> Generator[Record
     size = 8 if all(source is None for _, source in texts.values()) else 1
     fingerprint = _text_fingerprint(family)
     return (yield from cache_texts(cache, texts, encode, fingerprint=fingerprint, batch_size=size))
-
-
-def _priors(captions: Sequence[str], replace: Mapping[str, Sequence[str]]) -> dict[str, list[str]] | None:
-    """Return, for every caption, those without the trigger. Raises `ConfigError` for a part that no caption has."""
-    if not replace:
-        return None
-    lost = [part for part in replace if not part or not any(part in caption for caption in captions)]
-    if lost:
-        example = f"; the first caption is {captions[0]!r}" if captions else ""
-        raise ConfigError(f"prior.replace: no caption has {lost[0]!r} in it{example}")
-    return {caption: without_trigger(caption, replace) for caption in captions}
 
 
 def _told(family: Family, examples: Sequence[Example]) -> Iterator[Note]:

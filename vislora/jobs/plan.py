@@ -37,3 +37,11 @@ def make_plan(config: TrainConfig, traits: Traits, precision: str) -> Plan:
         "loop": config.loop.model_copy(update=loop),
     }
     return Plan(config.model_copy(update=sections), steps, batch_size, rate, text_rate, resolution)
+
+
+def images_at_once(resolution: int) -> int:
+    """Return how many images of `resolution` squared pixels the VAE is given at once: 8, fewer above 256.
+
+    An `AutoencoderKL` of the usual widths takes about 2.5 KiB a pixel in float32: eight of 1024 would be 20 GiB.
+    """
+    return min(8, max(1, 8 * 256**2 // resolution**2))

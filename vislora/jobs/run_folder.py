@@ -38,6 +38,11 @@ class RunFolder:
         return self.root / "samples"
 
     @property
+    def priors(self) -> Path:
+        """Folder of the pictures that the base drew for prior preservation."""
+        return self.root / "priors"
+
+    @property
     def log(self) -> Path:
         """One JSON line per step."""
         return self.root / "log.jsonl"

@@ -31,7 +31,8 @@ class DenoisingLoss(nn.Module):
     """Mean weighted squared error of the denoiser's prediction.
 
     With priors, the same of its difference to what the base alone predicts for captions without the trigger: prior
-    preservation (Ruiz et al., arXiv 2208.12242, equation 2) by the frozen model's prediction instead of its images.
+    preservation (Ruiz et al., arXiv 2208.12242, equation 2) by the frozen model's prediction, on the images
+    of the batch or on those that the base drew.
 
     The frozen base is no child of this module, so that neither DDP nor a checkpoint ever sees its weights.
     """
@@ -45,25 +46,37 @@ class DenoisingLoss(nn.Module):
     def forward(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
         """Return the loss of `batch`, as `data.dataset.collate` makes it.
 
-        It has `latents`, `text` or `captions`, and where there are some the sizes and `source`.
+        It has `latents`, `text` or `captions`, and where there are some the sizes, `source` and priors.
 
         Every random draw comes from `generator` (on the CPU), so a step is the same wherever it runs.
         """
         family = self._family[0]
-        device = next(self.parameters()).device
-        latents = batch["latents"].to(device)
-        noise = self._noise(latents, generator)
-        t = family.objective.sample_t(latents.shape, generator).to(device)
-        beside = {"sizes": sizes_of(batch).to(device)} if "original_size" in batch else {}
-        if "source" in batch:
-            beside["source"] = batch["source"].to(device)
-        conditioning = {**self._text(batch["text"], batch.get("captions", ()), device), **beside}
-        noisy = family.objective.add_noise(latents, noise, t)
-        predicted = family.predict(noisy, t, conditioning).float()
-        loss = self._error(predicted, family.objective.target(latents, noise, t), t)
+        noisy, t, target = self._noised(batch["latents"], generator)
+        beside = self._beside(batch, "")
+        conditioning = {**self._text(batch["text"], batch.get("captions", ()), t.device), **beside}
+        loss = self._error(family.predict(noisy, t, conditioning).float(), target, t)
         if "prior_captions" not in batch:
             return loss
+        if "prior_latents" in batch:
+            noisy, t, _ = self._noised(batch["prior_latents"], generator)
+            beside = self._beside(batch, "prior_")
         return loss + self._options.prior_weight * self._prior(batch, noisy, t, beside)
+
+    def _noised(self, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Return noisy latents, their timesteps and what is to be predicted, on the device that is trained on."""
+        objective, device = self._family[0].objective, next(self.parameters()).device
+        latents = latents.to(device)
+        noise = self._noise(latents, generator)
+        t = objective.sample_t(latents.shape, generator).to(device)
+        return objective.add_noise(latents, noise, t), t, objective.target(latents, noise, t)
+
+    def _beside(self, batch: Mapping[str, Any], of: str) -> dict[str, Tensor]:
+        """Return what the denoiser is told beside the text: sizes and source, as far as the batch has them."""
+        device = next(self.parameters()).device
+        beside = {"sizes": sizes_of(batch, of).to(device)} if f"{of}original_size" in batch else {}
+        if f"{of}source" in batch:
+            beside["source"] = batch[f"{of}source"].to(device)
+        return beside
 
     def _prior(self, batch: Mapping[str, Any], noisy: Tensor, t: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
         """Return how far the prediction for the batch's priors is from the base's, on a share of its rows."""
@@ -94,9 +107,12 @@ class DenoisingLoss(nn.Module):
         return noise.to(latents.device)
 
 
-def sizes_of(batch: Mapping[str, Any]) -> Tensor:
-    """Return height and width of the originals, top and left of the crops, height and width of these: (batch, 6)."""
-    return torch.cat([batch[name] for name in ("original_size", "crop_top_left", "target_size")], 1)
+def sizes_of(batch: Mapping[str, Any], of: str = "") -> Tensor:
+    """Return height and width of the originals, top and left of the crops, height and width of these: (batch, 6).
+
+    `of`: what comes before the names in `batch`: `prior_`, or nothing.
+    """
+    return torch.cat([batch[f"{of}{name}"] for name in ("original_size", "crop_top_left", "target_size")], 1)
 
 
 def _to(features: Mapping[str, Tensor | list[Tensor]], device: torch.device) -> dict[str, Any]:
