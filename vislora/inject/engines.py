@@ -16,10 +16,10 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from vislora.errors import ConfigError, nearest
-from vislora.inject.layer import LayerState, state_of
+from vislora.inject.layer import LayerState, state_of, untracked
 from vislora.inject.parts import PerImage, parts_of
 from vislora.inject.stack import Stack, existing_stack
-from vislora.inject.targets import unwrapped, walk
+from vislora.inject.targets import unwrapped
 
 Engine = Literal["auto", "merged", "stacked"]
 PLAIN = {base.forward for base in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
@@ -63,12 +63,13 @@ def merge(model: nn.Module) -> None:
     if stack is None or _group_offloaded(model):
         return
     _choose(stack, "merged", None, away=False)
-    for path in stack.adapted():
-        layer = stack.at(path)
-        state = state_of(layer)
-        if state is not None and state.merges and state.on:
-            state.drop()
-            state.prepare(layer)
+    with untracked():
+        for path in stack.adapted():
+            layer = stack.at(path)
+            state = state_of(layer)
+            if state is not None and state.merges and state.on:
+                state.drop()
+                state.prepare(layer)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -124,5 +125,11 @@ def _way(stack: Stack, path: str, name: str, away: bool) -> str:
 
 def _group_offloaded(model: nn.Module) -> bool:
     """Say whether diffusers may hold weights on the disk: what is in memory between two forwards is then noise."""
-    registries = (module.__dict__.get("_diffusers_hook") for _, module in walk(unwrapped(model)))
-    return any(registry is not None and "group_offloading" in registry.hooks for registry in registries)
+    pending = [unwrapped(model)]
+    while pending:
+        module = pending.pop()
+        registry = module.__dict__.get("_diffusers_hook")
+        if registry is not None and "group_offloading" in registry.hooks:
+            return True
+        pending += [child for child in module._modules.values() if child is not None]
+    return False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
@@ -78,8 +79,7 @@ class LayerState:
 
     def merge(self, weight: Tensor) -> None:
         """Compute `merged` from `weight`, in float32 with one rounding."""
-        # no inference tensor, which later passes with gradients could not use
-        with torch.inference_mode(False), torch.no_grad():
+        with untracked():
             like = (weight.shape, weight.dtype, weight.device)
             buffer = self.merged if self.merged is not None else self.spare
             if buffer is None or (buffer.shape, buffer.dtype, buffer.device) != like:
@@ -107,6 +107,19 @@ class LayerState:
     def __getstate__(self) -> dict[str, Any]:
         """Leave the source and spare memory out: the weight of a copy is another one."""
         return {**self.__dict__, "source": None, "spare": None}
+
+
+def untracked() -> AbstractContextManager[Any]:
+    """Return a context without gradients and inference mode, whose tensors later passes with gradients could not use.
+
+    Where it is so already it costs nothing: going in and out takes longer than merging a small layer.
+    """
+    if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        return nullcontext()
+    stack = ExitStack()
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(torch.no_grad())
+    return stack
 
 
 def _version(tensor: Tensor) -> int:

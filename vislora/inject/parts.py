@@ -253,18 +253,14 @@ def merged(weight: Tensor, adapters: Sequence[LayerAdapter], out: Tensor) -> Ten
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     total = weight.to(dtype).flatten(1)
-    joined = [adapter for adapter in adapters if adapter.is_plain]
-    if joined:
-        up = torch.empty(total.shape[0], sum(map(_rank, joined)), dtype=dtype, device=weight.device)
-        start = 0
-        for adapter in joined:
-            columns = up.narrow(1, start, _rank(adapter))
-            torch.mul(_up(adapter).to(weight.device, dtype), adapter.scale * adapter.strengths[0], out=columns)
-            start += _rank(adapter)
-        downs = [adapter.slots["down"].flatten(1).to(weight.device, dtype) for adapter in joined]
+    plain = [adapter for adapter in adapters if adapter.is_plain]
+    if plain:
+        ups = [_up(adapter).to(weight.device, dtype) * (adapter.scale * adapter.strengths[0]) for adapter in plain]
+        downs = [adapter.slots["down"].flatten(1).to(weight.device, dtype) for adapter in plain]
         place = out.flatten(1) if out.dtype == dtype and out.is_contiguous() else None
-        total = torch.mm(up, torch.cat(downs), out=place).add_(total)  # less time than one addmm, which copies first
-    for adapter in adapters:
+        # less time than one addmm, which copies first
+        total = torch.mm(torch.cat(ups, 1), torch.cat(downs), out=place).add_(total)
+    for adapter in adapters if len(plain) < len(adapters) else ():
         if not adapter.is_plain:
             total = total + adapter.delta(weight).flatten(1)
     if total.data_ptr() != out.data_ptr():

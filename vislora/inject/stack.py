@@ -173,10 +173,11 @@ class Stack:
             self.reserve.write(self.ranks, self.moment, on)
 
     def _tune(self, adapter: LayerAdapter, strengths: Sequence[Strength]) -> None:
-        found = tuple(strength.on(self.moment.component, adapter.path) for strength in strengths)
-        if len(found) == 1 and strengths[0].is_constant:
-            adapter.strengths, adapter.varies = found, self.moment.composition is not None
+        if len(strengths) == 1 and strengths[0].is_constant:
+            adapter.strengths = (strengths[0].on(self.moment.component, adapter.path),)
+            adapter.varies = self.moment.composition is not None
             return
+        found = tuple(strength.on(self.moment.component, adapter.path) for strength in strengths)
         same = all(one == found[0] for one in found) and all(strength.is_constant for strength in strengths)
         adapter.varies = varies(strengths) and not same
         adapter.strengths = found[:1] if same else found
