@@ -107,9 +107,10 @@ def keep(vae: AutoencoderKL, path: Path) -> None:
 
 def export(place: Place, layout: Layout, vae: AutoencoderKL, styles: list[str], model: nn.Module) -> None:
     """Write the base as it is now, and a grid of what it draws."""
-    pipe = layout.pipeline(vae, model, read_tokenizer(place.tokenizer, layout.length))
-    write_base(pipe, place.tokenizer, place.folder / "base")
-    grid(pipe, styles).save(place.folder / "grid.png")
+    with torch.random.fork_rng():  # what is drawn here, when the time has come, changes no step
+        pipe = layout.pipeline(vae, model, read_tokenizer(place.tokenizer, layout.length))
+        write_base(pipe, place.tokenizer, place.folder / "base")
+        grid(pipe, styles).save(place.folder / "grid.png")
     for what in ("vae", "decoder", "denoiser"):
         draw_curve(place.log, what, "loss", place.folder / f"{what}.png")
 

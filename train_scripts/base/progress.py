@@ -14,7 +14,10 @@ WARMUP = 0.02
 
 
 class Budget:
-    """Counts steps and time. Steps, not minutes, say when a training ends: so it can be repeated."""
+    """Counts steps and time. Steps, not minutes, say when a training ends: so it can be repeated.
+
+    `step`: how many were begun, the one at work included.
+    """
 
     def __init__(self, steps: int, log: Path, what: str, spent: float = 0.0, step: int = 0) -> None:
         self.total, self.what, self.step, self.images = steps, what, step, 0
@@ -31,8 +34,8 @@ class Budget:
         """Yield the factor of the learning rate for every step: warm-up, then a cosine."""
         while self.step < self.total:
             done = self.step / self.total
-            yield min(1.0, done / WARMUP + 1e-3) * 0.5 * (1.0 + math.cos(math.pi * done))
             self.step += 1
+            yield min(1.0, done / WARMUP + 1e-3) * 0.5 * (1.0 + math.cos(math.pi * done))
 
     def due(self, every: float, images: int) -> bool:
         """Count `images`, and say whether it is time to tell how far it is, every so many seconds."""

@@ -1,0 +1,143 @@
+"""The scripts that make the embedded base: styles that are rules, captions, both layouts, a run that goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image, ImageDraw
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "train_scripts"
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    """Have the scripts importable, as they are for one another."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def drawing():
+    image = Image.new("RGBA", (256, 256))
+    ImageDraw.Draw(image).ellipse((48, 48, 208, 208), fill=(230, 40, 40, 255))
+    return image
+
+
+def test_a_treatment_is_told_by_its_look(drawing):
+    from base.treatments import TREATMENTS
+
+    made = {name: np.asarray(treat(drawing)).astype(int) for name, treat in TREATMENTS.items()}
+    assert all(picture.shape == (64, 64, 3) for picture in made.values())
+    corners = {name: picture[0, 0].mean() for name, picture in made.items()}
+    assert corners["plain"] == corners["pixel"] == 255
+    assert corners["neon"] < 40
+    assert 200 < corners["pencil"] < 250
+    blocks = made["pixel"].reshape(16, 4, 16, 4, 3)
+    assert (blocks == blocks[:, :1, :, :1]).all()
+    inside = made["neon"][32, 32].mean()
+    assert made["neon"].max() > 200 > inside
+    assert np.ptp(made["pencil"], axis=2).max() < 25
+
+
+def pictures():
+    from base.pictures import Pictures
+
+    count = 6
+    pixels = torch.randint(256, (count, 3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    subjects = ["owl", "owl", "fox", "fox", "crab", "crab"]
+    return Pictures(pixels, subjects, ["flat", "neon"] * 3, torch.tensor([False] * 5 + [True]))
+
+
+def test_captions_name_the_picture_in_part_or_whole():
+    shown = pictures()
+    torch.manual_seed(0)
+    texts = shown.captions(torch.zeros(400, dtype=torch.long))
+    assert texts.count("an owl, flat style") > 200
+    assert texts.count("") > 10
+    assert "flat style" in texts
+    made_up = {text for text in texts if text.startswith("an owl, ") and "flat" not in text}
+    assert len(made_up) > 5
+    assert not any("neon" in text or "fox" in text for text in texts)
+    assert len(shown.trained().subjects) == 5
+
+
+def test_subjects_that_look_alike_are_thinned_out():
+    from make_base_data import held_out, thinned
+
+    rows = np.full((4, 1, 64, 64, 3), 255, np.uint8)
+    for number, place in enumerate((8, 9, 40, 24)):
+        rows[number, 0, place : place + 12, 10:50] = 0
+    assert thinned(["a", "almost a", "b", "c"], rows, 3, {"a"}) == ["a", "b", "c"]
+    assert thinned(["a", "almost a", "b", "c"], rows, 9, {"a"}) == ["a", "almost a", "b", "c"]
+    pairs = held_out(["a", "b", "c", "d"], ["x", "y"], 4)
+    assert {subject for subject, _ in pairs} == {"a", "b", "c", "d"}
+    assert sorted(style for _, style in pairs) == ["x", "x", "y", "y"]
+
+
+def tokenizer(folder, length):
+    from base.parts import read_tokenizer, train_tokenizer
+
+    train_tokenizer(pictures().texts(), folder, 600)
+    return read_tokenizer(folder, length)
+
+
+def test_one_empty_token_for_all_is_what_the_pipeline_computes(tmp_path):
+    from base.parts import make_vae
+    from base.sd3 import StableDiffusion3
+
+    layout = StableDiffusion3()
+    words = tokenizer(tmp_path, layout.length)
+    torch.manual_seed(0)
+    model = layout.model(words).eval()
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    pipe = layout.pipeline(make_vae(), model, words)
+    prompts, noisy, t = ["a fox, flat style", "an owl"], torch.randn(2, 4, 16, 16), torch.tensor([300.0, 700.0])
+    ids = words(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        embeds, _, pooled, _ = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
+        theirs = pipe.transformer(noisy, embeds, pooled, t, return_dict=False)[0]
+        ours = model(noisy, t, ids)
+    assert embeds.shape[1] == layout.length + 256
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert theirs.abs().max() > 0.1
+
+
+class Killed(Exception):
+    """The machine went away."""
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_a_training_that_was_killed_goes_on_as_if_it_had_not_been(name, tmp_path, monkeypatch):
+    import base.denoiser
+    from base.progress import Budget
+    from train_base import LAYOUTS
+
+    monkeypatch.setattr(base.denoiser, "SAVE_EVERY", {"cpu": 0.0})
+    layout, shown = LAYOUTS[name], pictures()
+    words = tokenizer(tmp_path, layout.length)
+    moments = torch.cat([torch.randn(6, 4, 16, 16), torch.full((6, 4, 16, 16), -9.0)], 1)
+    examples = base.denoiser.Examples(moments, shown, words, 1.0)
+
+    def run(folder, until):
+        def exported(model):
+            if budget.step == until:
+                raise Killed
+
+        folder.mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        training = base.denoiser.Training(layout, layout.model(words), Accelerator(cpu=True), folder / "state.pt")
+        budget = Budget(3, folder / "log.jsonl", "denoiser", *training.resume())
+        base.denoiser.train_denoiser(training, examples, budget, 2, exported)
+        return training.average.model.state_dict()
+
+    once = run(tmp_path / "once", None)
+    with pytest.raises(Killed):
+        run(tmp_path / "twice", 2)
+    twice = run(tmp_path / "twice", None)
+    assert all(torch.equal(once[key], twice[key]) for key in once)
