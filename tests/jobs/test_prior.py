@@ -14,7 +14,7 @@ from vislora.errors import ConfigError
 from vislora.inject.injection import FreshOptions, eject, inject_fresh
 from vislora.inject.targets import Target, select
 from vislora.models.base import load_family
-from vislora.training.loss import DenoisingLoss, LossOptions
+from vislora.training.loss import Asked, DenoisingLoss, LossOptions, joined
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -164,3 +164,16 @@ def test_pictures_have_no_source_to_start_from(tmp_path):
     settings = {"base": str(tiny.saved("flux-kontext")), "data__sources": image_folder(tmp_path / "sources")}
     with pytest.raises(ConfigError, match=r"leave it 0 where data\.sources is given"):
         trained(tmp_path, prior={"images": 2, "replace": {"a ": ["the "]}}, **settings)
+
+
+def test_batches_of_one_shape_are_one_and_others_are_not():
+    def asked(rows, tokens, side=8):
+        text = {"prompt_embeds": torch.full((rows, tokens, 3), float(rows)), "lengths": [torch.zeros(tokens)] * rows}
+        return Asked(torch.zeros(rows, 4, side, side), torch.zeros(rows), text, torch.ones(rows, 4, side, side))
+
+    both = joined(asked(2, 5), asked(1, 5))
+    assert both is not None
+    assert both.noisy.shape[0] == both.t.shape[0] == both.target.shape[0] == len(both.conditioning["lengths"]) == 3
+    assert both.conditioning["prompt_embeds"][:, 0, 0].tolist() == [2, 2, 1]
+    assert joined(asked(2, 5), asked(1, 6)) is None
+    assert joined(asked(2, 5), asked(1, 5, side=16)) is None

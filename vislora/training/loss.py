@@ -27,6 +27,38 @@ class LossOptions:
     prior_share: float = 0.5
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What the denoiser is given, and what it should predict."""
+
+    noisy: Tensor
+    t: Tensor
+    conditioning: dict[str, Any]
+    target: Tensor
+
+    @property
+    def given(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """The arguments of `Family.predict`."""
+        return self.noisy, self.t, self.conditioning
+
+
+def joined(first: Asked, second: Asked) -> Asked | None:
+    """Return both as one batch, which takes less time than two, or None where their shapes differ."""
+    names = [*first.conditioning]
+    pairs = [(first.noisy, second.noisy), *((first.conditioning[name], second.conditioning[name]) for name in names)]
+    if not all(_alike(one, two) for one, two in pairs):
+        return None
+    noisy, *rest = [one + two if isinstance(one, list) else torch.cat([one, two]) for one, two in pairs]
+    t, target = torch.cat([first.t, second.t]), torch.cat([first.target, second.target])
+    return Asked(noisy, t, dict(zip(names, rest, strict=True)), target)
+
+
+def _alike(one: Any, two: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        return one.shape[1:] == two.shape[1:]
+    return isinstance(one, list) and isinstance(two, list)
+
+
 class DenoisingLoss(nn.Module):
     """Mean weighted squared error of the denoiser's prediction.
 
@@ -50,17 +82,23 @@ class DenoisingLoss(nn.Module):
 
         Every random draw comes from `generator` (on the CPU), so a step is the same wherever it runs.
         """
-        family = self._family[0]
-        noisy, t, target = self._noised(batch["latents"], generator)
-        beside = self._beside(batch, "")
-        conditioning = {**self._text(batch["text"], batch.get("captions", ()), t.device), **beside}
-        loss = self._error(family.predict(noisy, t, conditioning).float(), target, t)
+        asked = self._asked(batch, *self._noised(batch["latents"], generator))
         if "prior_captions" not in batch:
-            return loss
-        if "prior_latents" in batch:
-            noisy, t, _ = self._noised(batch["prior_latents"], generator)
-            beside = self._beside(batch, "prior_")
-        return loss + self._options.prior_weight * self._prior(batch, noisy, t, beside)
+            return self._error(self._predict(*asked.given), asked)
+        prior = self._prior(batch, asked, generator)
+        both = joined(asked, prior)
+        if both is None:
+            predicted, kept = self._predict(*asked.given), self._predict(*prior.given)
+        else:
+            predicted, kept = self._predict(*both.given).split([len(asked.t), len(prior.t)])
+        return self._error(predicted, asked) + self._options.prior_weight * self._error(kept, prior)
+
+    def _asked(self, batch: Mapping[str, Any], noisy: Tensor, t: Tensor, target: Tensor) -> Asked:
+        text = self._text(batch["text"], batch.get("captions", ()), t.device)
+        return Asked(noisy, t, {**text, **self._beside(batch, "")}, target)
+
+    def _predict(self, noisy: Tensor, t: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
+        return self._family[0].predict(noisy, t, conditioning).float()
 
     def _noised(self, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Return noisy latents, their timesteps and what is to be predicted, on the device that is trained on."""
@@ -78,26 +116,29 @@ class DenoisingLoss(nn.Module):
             beside["source"] = batch[f"{of}source"].to(device)
         return beside
 
-    def _prior(self, batch: Mapping[str, Any], noisy: Tensor, t: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
-        """Return how far the prediction for the batch's priors is from the base's, on a share of its rows."""
-        family, rows = self._family[0], max(1, round(self._options.prior_share * len(noisy)))
-        noisy, t = noisy[:rows], t[:rows]
+    def _prior(self, batch: Mapping[str, Any], asked: Asked, generator: torch.Generator) -> Asked:
+        """Return what the base predicts for a share of the batch's priors: on their own pictures, or on the batch's."""
+        noisy, t, beside = asked.noisy, asked.t, self._beside(batch, "")
+        if "prior_latents" in batch:
+            noisy, t, _ = self._noised(batch["prior_latents"], generator)
+            beside = self._beside(batch, "prior_")
+        rows = max(1, round(self._options.prior_share * len(noisy)))
         text = batch["prior_text"]
         some = None if text is None else {name: feature[:rows] for name, feature in text.items()}
         given = some, batch["prior_captions"][:rows], noisy.device
-        beside = {name: value[:rows] for name, value in beside.items()}
+        noisy, t, beside = noisy[:rows], t[:rows], {name: value[:rows] for name, value in beside.items()}
         with torch.no_grad(), ExitStack() as stack:
             for adapters in self.adapters.values():
                 stack.enter_context(adapters.resting())  # type: ignore[operator]
-            target = family.predict(noisy, t, {**self._text(*given), **beside}).float()
-        return self._error(family.predict(noisy, t, {**self._text(*given), **beside}).float(), target, t)
+            target = self._predict(noisy, t, {**self._text(*given), **beside})
+        return Asked(noisy, t, {**self._text(*given), **beside}, target)
 
     def _text(self, text: Mapping[str, Any] | None, captions: Sequence[str], device: torch.device) -> dict[str, Any]:
         return self._family[0].encode_prompt(list(captions)) if text is None else _to(text, device)
 
-    def _error(self, predicted: Tensor, target: Tensor, t: Tensor) -> Tensor:
-        error = (predicted - target).square().flatten(1).mean(1)
-        return (error * self._family[0].objective.weight(t, self._options.min_snr_gamma)).mean()
+    def _error(self, predicted: Tensor, asked: Asked) -> Tensor:
+        error = (predicted - asked.target).square().flatten(1).mean(1)
+        return (error * self._family[0].objective.weight(asked.t, self._options.min_snr_gamma)).mean()
 
     def _noise(self, latents: Tensor, generator: torch.Generator) -> Tensor:
         noise = torch.randn(latents.shape, generator=generator)
