@@ -123,7 +123,7 @@ def grid(pipe: DiffusionPipeline, styles: list[str]) -> Image.Image:
     pipe.set_progress_bar_config(disable=True)
     prompts = [prompt_of(subject, style) for style in styles for subject in SHOWN]
     generator = torch.Generator().manual_seed(0)
-    images = pipe(prompts, num_inference_steps=20, guidance_scale=3.0, generator=generator).images
+    images = pipe(prompts, num_inference_steps=20, guidance_scale=2.0, generator=generator).images
     side = images[0].width
     sheet = Image.new("RGB", (side * len(SHOWN), side * len(styles)))
     for number, image in enumerate(images):

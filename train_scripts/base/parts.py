@@ -21,9 +21,9 @@ CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]
 DEFAULTS = {
     "resolution": SIZE,
     "steps": 20,
-    "guidance_scale": 3.0,
-    "learning_rate": 0.002,
-    "train_steps": 600,
+    "guidance_scale": 2.0,
+    "learning_rate": 0.001,
+    "train_steps": 700,
     "batch_size": 8,
 }
 
