@@ -7,7 +7,7 @@ drawing: linear discriminant analysis of colour and edge statistics tells the st
 through the VAE, so that the VAE's own look tells nothing; how many of those it tells right is printed, too.
 
 Run: python benchmarks/base_scores.py --data base-data.npz [--base FOLDER] [--count N] [--report FILE]
---count: how many of the trained pairs to draw, evenly spread; all of them without it. On 2 CPU cores 0.1 s a picture.
+--count: how many of the trained pairs to draw, evenly spread; all of them without it. On 2 CPU cores 0.23 s a picture.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train_scripts"))
 
 from base.measures import hog, statistics, through_vae
+from base.parts import DEFAULTS
 from base.pictures import Pictures, prompt_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
-STEPS, GUIDANCE = 20, 2.0
+STEPS, GUIDANCE = DEFAULTS["steps"], DEFAULTS["guidance_scale"]
 ALONE = 5
 
 

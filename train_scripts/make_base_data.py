@@ -100,9 +100,7 @@ def icons_of(recipe: Mapping[str, Any]) -> list[Icon]:
             sources[style["word"]] = {emoji: svg_of(icons, name, side) for emoji, name in names.items()}
     everywhere = [emoji for emoji in subjects if all(emoji in found for found in sources.values())]
     return [
-        Icon(
-            subjects[emoji]["name"], style["word"], sources[style.get("of", style["word"])][emoji], treatment_of(style)
-        )
+        Icon(subjects[emoji]["name"], style["word"], sources[source_of(style)][emoji], treatment_of(style))
         for emoji in sorted(everywhere, key=lambda emoji: subjects[emoji]["name"])
         for style in recipe["style"]
     ]

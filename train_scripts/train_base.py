@@ -4,8 +4,8 @@
     python train_scripts/train_base.py --data base-data.npz --out runs/base --images 2000000
 
 First the vocabulary, then the VAE, then its decoder alone, then denoiser and text encoder together. What is finished is
-kept in OUT, so the same command goes on where it was stopped. `OUT/base` is the diffusers folder; it is written every
-minute.
+kept in OUT, so the same command goes on where it was stopped. `OUT/base` is the diffusers folder; it is written while
+the last part trains.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from base.denoiser import Examples, Training, train_denoiser
 from base.layout import Layout
-from base.parts import make_vae, read_tokenizer, train_tokenizer, write_base
+from base.parts import DEFAULTS, make_vae, read_tokenizer, train_tokenizer, write_base
 from base.pictures import Pictures, prompt_of
 from base.progress import Budget, draw_curve
 from base.sd import StableDiffusion1
@@ -45,7 +45,7 @@ class Place:
 
     @property
     def log(self) -> Path:
-        """Return the log of both trainings."""
+        """Return the log of all trainings."""
         return self.folder / "log.jsonl"
 
     @property
@@ -84,7 +84,7 @@ def make_tokenizer(place: Place, pictures: Pictures) -> None:
 
 
 def settled_vae(
-    place: Place, pictures: Pictures, accelerator: Accelerator, steps: int, start: Path | None
+    place: Place, pictures: Pictures, accelerator: Accelerator, budget: Budget, batch: int, start: Path | None
 ) -> AutoencoderKL:
     """Return the trained VAE, trained now, from that of the base in `start` if given, when it is not there yet."""
     vae = make_vae().to(accelerator.device)
@@ -93,8 +93,7 @@ def settled_vae(
         return vae.eval()
     if start:
         vae.load_state_dict(AutoencoderKL.from_pretrained(start / "vae").state_dict())
-    budget = Budget(steps, place.log, "vae")
-    train_vae(vae, pictures.pixels.to(accelerator.device), budget, accelerator, BATCHES[accelerator.device.type].vae)
+    train_vae(vae, pictures.pixels.to(accelerator.device), budget, accelerator, batch)
     keep(vae, place.vae)
     return vae
 
@@ -123,7 +122,9 @@ def grid(pipe: DiffusionPipeline, styles: list[str]) -> Image.Image:
     pipe.set_progress_bar_config(disable=True)
     prompts = [prompt_of(subject, style) for style in styles for subject in SHOWN]
     generator = torch.Generator().manual_seed(0)
-    images = pipe(prompts, num_inference_steps=20, guidance_scale=2.0, generator=generator).images
+    images = pipe(
+        prompts, num_inference_steps=DEFAULTS["steps"], guidance_scale=DEFAULTS["guidance_scale"], generator=generator
+    ).images
     side = images[0].width
     sheet = Image.new("RGB", (side * len(SHOWN), side * len(styles)))
     for number, image in enumerate(images):
@@ -136,12 +137,13 @@ def run(place: Place, images: Counts, chosen: argparse.Namespace) -> None:
     accelerator = Accelerator(mixed_precision=chosen.precision)
     torch.set_float32_matmul_precision("high")
     set_seed(0)
-    at_once = BATCHES[accelerator.device.type]
+    at_once = BATCHES.get(accelerator.device.type, BATCHES["cpu"])
     pictures = Pictures.read(chosen.data)
     make_tokenizer(place, pictures)
     layout = LAYOUTS[chosen.layout]
     trained, tokenizer = pictures.trained(), read_tokenizer(place.tokenizer, layout.length)
-    vae = settled_vae(place, trained, accelerator, images.vae // at_once.vae, chosen.vae_from)
+    budget = Budget(images.vae // at_once.vae, place.log, "vae")
+    vae = settled_vae(place, trained, accelerator, budget, at_once.vae, chosen.vae_from)
     pixels = trained.pixels.to(accelerator.device)
     moments = encode(vae, pixels)
     if not place.decoder.exists():

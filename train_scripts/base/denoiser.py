@@ -111,8 +111,8 @@ class Training:
 def train_denoiser(
     training: Training, examples: Examples, budget: Budget, batch: int, export: Callable[[nn.Module], None]
 ) -> None:
-    """Train until the budget is spent; every minute save the state and `export` the average."""
-    every = SAVE_EVERY[examples.moments.device.type]
+    """Train until the budget is spent; now and then save the state and `export` the average."""
+    every = SAVE_EVERY.get(examples.moments.device.type, SAVE_EVERY["cpu"])
     saved, total, steps = budget.spent, torch.zeros((), device=examples.moments.device), 0
     for factor in budget.steps():
         total, steps = total + training.step(examples, batch, factor), steps + 1

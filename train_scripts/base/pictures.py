@@ -1,4 +1,4 @@
-"""The pictures of make_base_data.py, their captions and tokens."""
+"""The pictures of make_base_data.py, and their captions."""
 
 from __future__ import annotations
 

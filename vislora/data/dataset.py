@@ -65,7 +65,7 @@ class TrainingSet(Dataset):
         if source is not None:
             found["source"] = self._image(source)["latents"]
         if self.priors is not None:
-            found |= self._prior(view.example.caption, source, draw(self.seed, visit, "prior", index))
+            found |= self._prior(self.priors[view.example.caption], source, draw(self.seed, visit, "prior", index))
         return found
 
     def _image(self, view: View) -> dict[str, Any]:
@@ -73,13 +73,12 @@ class TrainingSet(Dataset):
         stored = self._read(view.key, f"the latents of {view.example.path}")
         return {**stored, "target_size": torch.tensor([view.bucket.height, view.bucket.width])}
 
-    def _prior(self, caption: str, source: View | None, chance: float) -> dict[str, Any]:
-        """Return a prior of `caption`, and its image where it has one of its own. `chance`, 0 to 1, decides which."""
+    def _prior(self, others: Sequence[str], source: View | None, chance: float) -> dict[str, Any]:
+        """Return one of the captions `others`, or an image with its own. `chance`, 0 to 1, decides which."""
         if self.prior_views:
             view = self.prior_views[int(chance * len(self.prior_views))]
             prior, image = view.example.caption, {f"prior_{name}": part for name, part in self._image(view).items()}
         else:
-            others = (self.priors or {})[caption]
             prior, image = others[int(chance * len(others))], {}
         return {**image, "prior_caption": prior, "prior_text": self._text(prior, source)}
 

@@ -13,7 +13,7 @@ from vislora.files import replacing
 from vislora.jobs.plan import Plan
 from vislora.jobs.sources import read_source
 from vislora.models.base import Family
-from vislora.models.sampling import Sampling, Shot, make_images, picture_step
+from vislora.models.sampling import Sampling, Shot, make_images, own_sampling
 from vislora.reports.sheet import contact_sheet
 
 
@@ -24,12 +24,10 @@ def preview(
 
     `sources`: the images that those of the captions start from, or none; the prompts take them in turn.
     """
-    sample, traits = plan.config.sample, family.traits
+    sample = plan.config.sample
     prompts = sample.prompts or captions
     shots = [Shot(prompt, sample.negative_prompt, sample.seed + number) for number, prompt in enumerate(prompts)]
-    step_px = picture_step(family)
-    side = max(step_px, plan.resolution // step_px * step_px)
-    how = Sampling(traits.steps, traits.guidance_scale, side, side)
+    how = own_sampling(family, plan.resolution)
     adapters.eval()
     images = _images(family, shots, how, sources)
     adapters.train()

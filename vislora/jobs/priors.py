@@ -14,7 +14,7 @@ from vislora.files import replacing
 from vislora.jobs.plan import Plan, images_at_once
 from vislora.jobs.run_folder import RunFolder
 from vislora.models.base import Family
-from vislora.models.sampling import Sampling, Shot, make_images, picture_step
+from vislora.models.sampling import Shot, make_images, own_sampling
 from vislora.records import Progress
 
 
@@ -46,12 +46,12 @@ def draw_priors(
     texts = list(dict.fromkeys(text for others in priors.values() for text in others))
     stride = max(1, len(texts) // count)
     shots = [Shot(texts[number * stride % len(texts)], "", number) for number in range(count)]
-    step = picture_step(family)
-    side = max(step, plan.resolution // step * step)
-    how = Sampling(family.traits.steps, family.traits.guidance_scale, side, side)
+    how = own_sampling(family, plan.resolution)
     drawn: list[Example] = []
     yield Progress("drawing priors", 0, count)
     folder.priors.mkdir(parents=True, exist_ok=True)
+    for left in sorted(folder.priors.glob("*.png"))[count:]:  # of an earlier run of more
+        left.unlink(missing_ok=True)
     for images in make_images(family, shots, how, images_at_once(plan.resolution)):
         for image in images:
             shot, path = shots[len(drawn)], folder.priors / f"{len(drawn):04d}.png"

@@ -91,6 +91,13 @@ def _guided(card: Card, negative: Sequence[str], how: Sampling) -> dict[str, Any
     return asked
 
 
+def own_sampling(family: Family, resolution: int) -> Sampling:
+    """Return how `family` makes images of its own accord: squares of about `resolution` pixels a side."""
+    step, traits = picture_step(family), family.traits
+    side = max(step, resolution // step * step)
+    return Sampling(traits.steps, traits.guidance_scale, side, side)
+
+
 def picture_step(family: Family) -> int:
     """Return the number of pixels that the sides of an image must be a multiple of."""
     return image_step(family.pipeline)

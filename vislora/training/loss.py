@@ -118,10 +118,9 @@ class DenoisingLoss(nn.Module):
 
     def _prior(self, batch: Mapping[str, Any], asked: Asked, generator: torch.Generator) -> Asked:
         """Return what the base predicts for a share of the batch's priors: on their own pictures, or on the batch's."""
-        noisy, t, beside = asked.noisy, asked.t, self._beside(batch, "")
-        if "prior_latents" in batch:
-            noisy, t, _ = self._noised(batch["prior_latents"], generator)
-            beside = self._beside(batch, "prior_")
+        own = "prior_latents" in batch
+        noisy, t, _ = self._noised(batch["prior_latents"], generator) if own else (asked.noisy, asked.t, None)
+        beside = self._beside(batch, "prior_" if own else "")
         rows = max(1, round(self._options.prior_share * len(noisy)))
         text = batch["prior_text"]
         some = None if text is None else {name: feature[:rows] for name, feature in text.items()}
