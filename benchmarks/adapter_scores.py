@@ -74,6 +74,7 @@ def main() -> None:
         "style gain": round(style_gain(goal, real, looks(base), looks(adapted)), 3),
         "content": round(content(drawings, adapted, subjects * given.seeds), 3),
         "content of the base": round(content(drawings, base, subjects * given.seeds), 3),
+        "content, among the artist's own drawings": round(content(drawings[1:], adapted, subjects * given.seeds), 3),
         "content of real drawings": round(content(drawings[:2], kept.pixels, subjects), 3),
     }
     if given.leak:

@@ -30,6 +30,8 @@ from base.measures import hog, statistics, through_vae
 from base.parts import DEFAULTS
 from base.pictures import Pictures, prompt_of
 
+from vislora.models.schedulers import scheduler_for
+
 ROOT = Path(__file__).resolve().parents[1]
 
 STEPS, GUIDANCE = DEFAULTS["steps"], DEFAULTS["guidance_scale"]
@@ -63,11 +65,11 @@ def _eye(x: Tensor) -> Tensor:
 
 
 def load(base: Path) -> Any:
-    """Return the pipeline with the sampler that the base's card names, on a GPU if there is one."""
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+    """Return the pipeline with the sampler that vislora gives it, on a GPU if there is one."""
+    from diffusers import DiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(base).to("cuda" if torch.cuda.is_available() else "cpu")
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe = DiffusionPipeline.from_pretrained(base).to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe.scheduler = scheduler_for(pipe, "auto")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -75,7 +77,7 @@ def load(base: Path) -> Any:
 @torch.no_grad()
 def draw(pipe: Any, prompts: list[str], batch: int) -> tuple[Tensor, float]:
     """Draw each prompt from noise of its own; return uint8 pictures and the seconds that one took."""
-    side = pipe.unet.config.sample_size
+    side = pipe.components["transformer" if "transformer" in pipe.components else "unet"].config.sample_size
     noise = [torch.randn(4, side, side, generator=torch.Generator().manual_seed(seed)) for seed in range(len(prompts))]
     found, began = [], time.perf_counter()
     for start in range(0, len(prompts), batch):

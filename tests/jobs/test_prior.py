@@ -9,10 +9,12 @@ from safetensors.torch import load_file
 import vislora
 from tests import tiny
 from tests.jobs.train_helpers import config, image_folder, trained
+from vislora.config.train import PriorConfig
 from vislora.data.captions import without_trigger
 from vislora.errors import ConfigError
 from vislora.inject.injection import FreshOptions, eject, inject_fresh
 from vislora.inject.targets import Target, select
+from vislora.jobs.priors import prior_captions
 from vislora.models.base import load_family
 from vislora.training.loss import Asked, DenoisingLoss, LossOptions, joined
 
@@ -99,6 +101,17 @@ def test_a_part_that_no_caption_has_is_told(tmp_path):
         trained(tmp_path, "sd", prior={"replace": {"sks": ["x"]}})
 
 
+def test_captions_of_ones_own_are_kept_beside_those_without_the_trigger(tmp_path):
+    given = {"replace": {"a ": ["the "]}, "captions": ["a dog, noto style"]}
+    both = PriorConfig.model_validate(given)
+    assert prior_captions(["a cat"], both) == {"a cat": ["the cat", "a dog, noto style"]}
+    alone = PriorConfig.model_validate({"captions": given["captions"]})
+    assert prior_captions(["a cat"], alone) == {"a cat": ["a dog, noto style"]}
+    assert prior_captions(["a cat"], PriorConfig()) is None
+    value, _ = trained(tmp_path, "sd", prior={**given, "images": 5})
+    assert len(list((value.path.parent / "priors").glob("*.png"))) == 5
+
+
 def test_a_run_is_the_same_again(tmp_path):
     weights = []
     for name in ("one", "two"):
@@ -153,6 +166,28 @@ def test_priors_with_pictures_of_their_own_are_compared_on_these(trainee):
     assert (both - plain).item() == pytest.approx(
         (mine - family.predict(noisy, t, prior)).square().mean().item(), rel=1e-4
     )
+
+
+def test_the_base_is_asked_beforehand_and_not_in_the_steps(trainee, monkeypatch):
+    family, adapters = trainee
+    with torch.no_grad():
+        text, prior = family.encode_prompt(["a red cat"]), family.encode_prompt(["a cat"])
+    latents, own = torch.zeros(1, 4, 8, 8), torch.ones(1, 4, 8, 8)
+    module = DenoisingLoss(family, {"denoiser": adapters}, LossOptions(prior_weight=0.5, prior_share=1.0))
+    pictures = {"latents": own, "captions": ["a cat"], "text": prior, "number": torch.tensor([7])}
+    module.ask_base(pictures, torch.Generator().manual_seed(11))
+    draw = torch.Generator().manual_seed(11)
+    noise, t = torch.randn(own.shape, generator=draw), family.objective.sample_t(own.shape, draw)
+    noisy = family.objective.add_noise(own, noise, t)
+
+    monkeypatch.setattr(adapters, "resting", lambda: pytest.fail("the base was asked again"))
+    batch = {"latents": latents, "text": text, "captions": [""]}
+    kept = {"prior_text": prior, "prior_captions": ["a cat"], "prior_latents": own, "prior_number": torch.tensor([7])}
+    plain, both = (module(what, torch.Generator().manual_seed(5)) for what in (batch, {**batch, **kept}))
+    mine = family.predict(noisy, t, prior)
+    eject(family.components["denoiser"], "t")
+    base = family.predict(noisy, t, prior)
+    assert (both - plain).item() == pytest.approx(0.5 * (mine - base).square().mean().item(), rel=1e-4)
 
 
 def test_pictures_need_to_know_what_they_leave_out(tmp_path):

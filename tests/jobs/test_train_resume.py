@@ -82,6 +82,14 @@ def test_every_optimizer_goes_on_to_the_same_bits(name, tmp_path):
     assert same(whole.path, value.path)
 
 
+def test_priors_on_pictures_of_the_base_go_on_to_the_same_bits(tmp_path):
+    extra = {"prior": {"replace": {"a ": ["the "]}, "images": 2}, "adapter__text_encoders": True}
+    whole, _ = trained(tmp_path, "sd", output=tmp_path / "whole", **extra)
+    stopped(config(tmp_path, "sd", **extra), after=2)
+    value, _ = trained(tmp_path, "sd", resume=True, **extra)
+    assert same(whole.path, value.path)
+
+
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
     settings = {"loop__save_every": 1, **RICH, "optimizer__schedule": "constant"}
     slow = config(tmp_path, loop__steps=400, **settings)

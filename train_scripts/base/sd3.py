@@ -14,7 +14,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from base.layout import Noised, text_config
 from base.parts import FACTOR, SIZE
 
-WIDTH, HEADS, LAYERS, TEXT_WIDTH = 192, 6, 7, 96
+WIDTH, HEADS, LAYERS, TEXT_WIDTH = 256, 4, 4, 96
 EMPTY = 256
 """So many tokens of zeros stand in the pipeline for a T5 that is not there."""
 
@@ -45,6 +45,8 @@ class Both(nn.Module):
         self.transformer.set_attn_processor(OneForAll())
         config = text_config(tokenizer, TEXT_WIDTH)
         self.texts = nn.ModuleList(CLIPTextModelWithProjection(config) for _ in range(2))
+        for text in self.texts:
+            text.set_attn_implementation("eager")
 
     def forward(self, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
         """Return the predicted velocity. noisy: (batch, 4, height, width); t: (batch,); ids: (batch, length)."""
@@ -60,7 +62,7 @@ class OneForAll:
     """Joint attention in which the last token of the context counts `EMPTY` times.
 
     Tokens that are equal stay equal, for no position is added to the context: one, whose attention score is raised by
-    log(EMPTY), gives what all of them give, with 97 tokens for 352. Training only; the pipeline has all of them.
+    log(EMPTY), gives what all of them give, with 85 tokens for 340. Training only; the pipeline has all of them.
     """
 
     def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Any:
@@ -86,7 +88,7 @@ class OneForAll:
 class StableDiffusion3:
     """See `base.layout.Layout`. Times are drawn logit-normal (arXiv 2403.03206, section 3.1)."""
 
-    length = 32
+    length = 20
 
     def model(self, tokenizer: CLIPTokenizer) -> Both:
         """Return fresh models."""

@@ -23,7 +23,7 @@ class GenerateConfig(ComposedStackConfig):
     output: Path = Path("outputs")
     """Folder for the images."""
     base: str = ""
-    """Base model: a diffusers folder, a hub name, or a .safetensors file. Default: the embedded small base."""
+    """Base model: a diffusers folder, a hub name, a .safetensors file, or `icons-dit`. Default: the embedded UNet."""
     base_parts: str = ""
     """For a base in one file: a diffusers folder with its configs and what the file does not hold."""
     source: Path | None = None

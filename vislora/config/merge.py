@@ -33,7 +33,7 @@ class MergeConfig(StackConfig):
     prompts: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """ziplora: what each adapter is asked for, by name: `{ink = ["a cat, ink style"], blob = ["a blobby face"]}`."""
     learn_on: str = ""
-    """ziplora: the base to learn on: a diffusers folder or hub name. Default: the embedded small base."""
+    """ziplora: the base to learn on: a diffusers folder, hub name or `icons-dit`. Default: the embedded UNet."""
     steps: int = Field(100, ge=1)
     """ziplora: steps of learning."""
     rank: int | None = Field(None, ge=1)

@@ -105,6 +105,8 @@ class PriorConfig(Section):
 
     replace: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """What names the new thing in captions -> what may stand there instead: `{", ink style" = ["", ", flat style"]}`"""
+    captions: tuple[str, ...] = ()
+    """More captions to keep, beside those that `replace` makes of each: what the trigger should leave alone."""
     weight: float = Field(1.0, gt=0, le=100)
     """What the difference to the base's prediction counts beside the loss of the images."""
     share: float = Field(0.5, gt=0, le=1)
@@ -134,7 +136,7 @@ class TrainConfig(Section):
     name: str = ""
     """Name of the adapter. Default: the run folder's."""
     base: str = ""
-    """Base model: a diffusers folder, a hub name, or a .safetensors file. Default: the embedded small base."""
+    """Base model: a diffusers folder, a hub name, a .safetensors file, or `icons-dit`. Default: the embedded UNet."""
     base_parts: str = ""
     """For a base in one file: a diffusers folder with its configs and what the file does not hold."""
     format: str = "kohya"

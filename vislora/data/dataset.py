@@ -76,11 +76,17 @@ class TrainingSet(Dataset):
     def _prior(self, others: Sequence[str], source: View | None, chance: float) -> dict[str, Any]:
         """Return one of the captions `others`, or an image with its own. `chance`, 0 to 1, decides which."""
         if self.prior_views:
-            view = self.prior_views[int(chance * len(self.prior_views))]
-            prior, image = view.example.caption, {f"prior_{name}": part for name, part in self._image(view).items()}
-        else:
-            prior, image = others[int(chance * len(others))], {}
-        return {**image, "prior_caption": prior, "prior_text": self._text(prior, source)}
+            own = self.prior_picture(int(chance * len(self.prior_views)))
+            return {f"prior_{name}": part for name, part in own.items()}
+        prior = others[int(chance * len(others))]
+        return {"prior_caption": prior, "prior_text": self._text(prior, source)}
+
+    def prior_picture(self, number: int) -> dict[str, Any]:
+        """Return one of `prior_views` as an example, with its `number`."""
+        view = self.prior_views[number]
+        caption = view.example.caption
+        about = {"number": torch.tensor(number), "caption": caption, "text": self._text(caption, None)}
+        return {**self._image(view), **about}
 
     def _text(self, caption: str, source: View | None) -> Tensors | None:
         if self.text_keys is None:
@@ -120,8 +126,8 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns `latents` (batch, channels, height, width); `original_size`, `crop_top_left` and `target_size`, each
     (batch, 2) as (height, width) or (top, left); `captions`, a list of strings; `text`, features by name with a batch
     dimension in front, or a list of them where they have different lengths, or None; with priors, `prior_captions` and
-    `prior_text` too, and where they have images of their own `prior_latents` and their sizes; with sources, `source`
-    (batch, channels, height, width). Raises `DataError` when shapes differ.
+    `prior_text` too, and where they have images of their own `prior_latents`, their sizes and `prior_number`; with
+    sources, `source` (batch, channels, height, width). Raises `DataError` when shapes differ.
     """
     plain = [name for name, value in items[0].items() if isinstance(value, Tensor)]
     result: dict[str, Any] = {name: _stacked(name, [item[name] for item in items]) for name in plain}

@@ -81,7 +81,7 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
     )
     shown = source_views(wanted, sources) if sources else None
     at_once = images_at_once(plan.resolution)
-    priors = prior_captions([example.caption for example in found.examples], config.prior.replace)
+    priors = prior_captions([example.caption for example in found.examples], config.prior)
     drawn = yield from draw_priors(plan, family, folder, priors)
     kept = prior_views(drawn, plan, family, _image_fingerprint(family))
     with vae_as(family, torch.float32):

@@ -19,7 +19,7 @@ from vislora.files import replacing
 from vislora.inject.strength import Strength
 from vislora.jobs.sources import Source
 from vislora.jobs.strengths import as_json, from_json, tag
-from vislora.models.base import EMBEDDED
+from vislora.models.base import place_of
 from vislora.models.sampling import Sampling, Shot
 
 KEY = "vislora"
@@ -108,10 +108,10 @@ def versions() -> dict[str, str]:
 def base_hash(base: str, parts: str = "") -> str:
     """Return a hash that tells bases apart: names, sizes, and the first and last MiB of every weight and config file.
 
-    `base` '' is the embedded one, `parts` the folder beside a base in one file. A base of many gigabytes is not read
-    whole; a hub name (no folder) is its own hash.
+    `base`: as `--base`, '' the embedded one; `parts`: the folder beside a base in one file. A base of many gigabytes is
+    not read whole; a hub name (no folder) is its own hash.
     """
-    path = Path(base) if base else EMBEDDED
+    path = place_of(base)
     if path.is_file():
         rest = base_hash(parts) if parts else ""
         return hashlib.sha256(f"{path.stat().st_size} {rest} ".encode() + _ends(path)).hexdigest()

@@ -31,6 +31,7 @@ from vislora.jobs.devices import DTYPES, free_bytes, pick_device, pick_precision
 from vislora.jobs.memory import Step, estimate, memory_notes
 from vislora.jobs.plan import Plan, make_plan
 from vislora.jobs.previews import preview
+from vislora.jobs.priors import ask_base
 from vislora.jobs.recipes import base_hash
 from vislora.jobs.run_folder import (
     RunFolder,
@@ -113,6 +114,7 @@ def run(config: TrainConfig) -> Iterator[Record]:
                 yield Note(f"going on from step {job.step} of {plan.steps}")
             elif config.resume:
                 yield Note(f"{folder.root} holds no checkpoint yet: starting at step 0")
+            yield from ask_base(plan, data.dataset, accelerator.unwrap_model(job.module), accelerator)
             yield from _loop(job)
 
 
@@ -162,6 +164,7 @@ def _load_base(config: TrainConfig, accelerator: Accelerator) -> Family:
     family = load_family(config.base or None, dtype, device, config.base_parts or None)
     if config.loop.gradient_checkpointing:
         family.components["denoiser"].enable_gradient_checkpointing()  # type: ignore[operator]
+    family.components["denoiser"].to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster convs
     return family
 
 

@@ -22,6 +22,8 @@ from vislora.registry import FAMILIES
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "base"
 """The small base model that ships with the package."""
+SHIPPED = {"": EMBEDDED, "icons-dit": EMBEDDED.with_name("base-dit")}
+"""The bases that ship with the package, by what `--base` calls them: a UNet, and a transformer in SD3's layout."""
 
 _PARTS = ("tokenizer", "text_encoder", "unet", "transformer", "vae", "scheduler")
 
@@ -120,15 +122,20 @@ class ReadsSource(Family, Protocol):
         ...
 
 
+def place_of(base: str | Path | None) -> Path:
+    """Return where a base lies: what `SHIPPED` has of this name, or the path (or hub name) itself."""
+    return SHIPPED.get(str(base or ""), Path(base or ""))
+
+
 def load_family(
     base: str | Path | None, dtype: torch.dtype, device: torch.device, parts: str | Path | None = None
 ) -> Family:
-    """Load a base model: a diffusers folder, a hub name, a single file, or (None) the embedded one.
+    """Load a base model: a diffusers folder, a hub name, a single file, or an embedded one (None, `icons-dit`).
 
     `parts`: for a file, the diffusers folder with what it does not hold; see `models.single`.
     Raises `ModelError` when it is missing, incomplete, or of no known family.
     """
-    path = Path(base) if base else EMBEDDED
+    path = place_of(base)
     if path.is_file():
         from vislora.models.single import load_file
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,14 @@ class Asked:
         return self.noisy, self.t, self.conditioning
 
 
+class Answer(NamedTuple):
+    """A noisy latent, its timestep, and what the base alone predicts."""
+
+    noisy: Tensor
+    t: Tensor
+    target: Tensor
+
+
 def joined(first: Asked, second: Asked) -> Asked | None:
     """Return both as one batch, which takes less time than two, or None where their shapes differ."""
     names = [*first.conditioning]
@@ -64,7 +72,7 @@ class DenoisingLoss(nn.Module):
 
     With priors, the same of its difference to what the base alone predicts for captions without the trigger: prior
     preservation (Ruiz et al., arXiv 2208.12242, equation 2) by the frozen model's prediction, on the images
-    of the batch or on those that the base drew.
+    of the batch or on those that the base drew. On its own the base can be asked beforehand, once (`ask_base`).
 
     The frozen base is no child of this module, so that neither DDP nor a checkpoint ever sees its weights.
     """
@@ -74,6 +82,17 @@ class DenoisingLoss(nn.Module):
         self.adapters = nn.ModuleDict(dict(adapters))
         self._family = (family,)  # a tuple hides the models from nn.Module's registration
         self._options = options
+        self._answers: dict[int, list[Answer]] = {}
+
+    def ask_base(self, batch: Mapping[str, Any], generator: torch.Generator) -> None:
+        """Keep what the base alone predicts for a batch of priors, at noises and timesteps that `generator` draws.
+
+        A step then takes an answer, drawn from those of its `prior_number`, for each of its priors, and asks no base.
+        """
+        noisy, t, _ = self._noised(batch["latents"], generator)
+        target = self._by_base(noisy, t, lambda: self._conditioning(batch, t.device))
+        for number, *found in zip(batch["number"].tolist(), noisy.cpu(), t.cpu(), target.cpu(), strict=True):
+            self._answers.setdefault(number, []).append(Answer(*found))
 
     def forward(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
         """Return the loss of `batch`, as `data.dataset.collate` makes it.
@@ -94,8 +113,10 @@ class DenoisingLoss(nn.Module):
         return self._error(predicted, asked) + self._options.prior_weight * self._error(kept, prior)
 
     def _asked(self, batch: Mapping[str, Any], noisy: Tensor, t: Tensor, target: Tensor) -> Asked:
-        text = self._text(batch["text"], batch.get("captions", ()), t.device)
-        return Asked(noisy, t, {**text, **self._beside(batch, "")}, target)
+        return Asked(noisy, t, self._conditioning(batch, t.device), target)
+
+    def _conditioning(self, batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+        return {**self._text(batch["text"], batch.get("captions", ()), device), **self._beside(batch, "")}
 
     def _predict(self, noisy: Tensor, t: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
         return self._family[0].predict(noisy, t, conditioning).float()
@@ -118,19 +139,37 @@ class DenoisingLoss(nn.Module):
 
     def _prior(self, batch: Mapping[str, Any], asked: Asked, generator: torch.Generator) -> Asked:
         """Return what the base predicts for a share of the batch's priors: on their own pictures, or on the batch's."""
-        own = "prior_latents" in batch
-        noisy, t, _ = self._noised(batch["prior_latents"], generator) if own else (asked.noisy, asked.t, None)
-        beside = self._beside(batch, "prior_" if own else "")
-        rows = max(1, round(self._options.prior_share * len(noisy)))
+        own, rows = "prior_latents" in batch, max(1, round(self._options.prior_share * len(asked.t)))
         text = batch["prior_text"]
         some = None if text is None else {name: feature[:rows] for name, feature in text.items()}
-        given = some, batch["prior_captions"][:rows], noisy.device
-        noisy, t, beside = noisy[:rows], t[:rows], {name: value[:rows] for name, value in beside.items()}
-        with torch.no_grad(), ExitStack() as stack:
+        beside = {name: value[:rows] for name, value in self._beside(batch, "prior_" if own else "").items()}
+
+        def conditioning() -> dict[str, Any]:
+            return {**self._text(some, batch["prior_captions"][:rows], asked.t.device), **beside}
+
+        if own and self._answers:
+            noisy, t, target = self._answered(batch["prior_number"][:rows].tolist(), generator)
+        else:
+            noisy, t, _ = self._noised(batch["prior_latents"], generator) if own else (asked.noisy, asked.t, None)
+            noisy, t = noisy[:rows], t[:rows]
+            target = self._by_base(noisy, t, conditioning)
+        return Asked(noisy, t, conditioning(), target)
+
+    def _answered(self, numbers: Sequence[int], generator: torch.Generator) -> Sequence[Tensor]:
+        """Return noisy latents, timesteps and the base's predictions for these pictures."""
+        device = next(self.parameters()).device
+        chances = torch.rand(len(numbers), generator=generator).tolist()
+        answers = [self._answers[number] for number in numbers]
+        taken = [some[int(chance * len(some))] for some, chance in zip(answers, chances, strict=True)]
+        return [torch.stack(part).to(device) for part in zip(*taken, strict=True)]
+
+    @torch.no_grad()
+    def _by_base(self, noisy: Tensor, t: Tensor, conditioning: Callable[[], dict[str, Any]]) -> Tensor:
+        """Return what is predicted while all adapters rest, those of the text encoders, too."""
+        with ExitStack() as stack:
             for adapters in self.adapters.values():
                 stack.enter_context(adapters.resting())  # type: ignore[operator]
-            target = self._predict(noisy, t, {**self._text(*given), **beside})
-        return Asked(noisy, t, {**self._text(*given), **beside}, target)
+            return self._predict(noisy, t, conditioning())
 
     def _text(self, text: Mapping[str, Any] | None, captions: Sequence[str], device: torch.device) -> dict[str, Any]:
         return self._family[0].encode_prompt(list(captions)) if text is None else _to(text, device)
