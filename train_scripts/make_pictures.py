@@ -25,7 +25,7 @@ from vislora.reports.sheet import contact_sheet
 ROOT = Path(__file__).resolve().parent.parent
 ADAPTERS = ROOT / "samples" / "adapters"
 OUT = ROOT / "docs" / "images"
-FACES = ("angry face", "smiling face with sunglasses", "sleepy face", "drooling face")
+FACES = ("an angry face", "a smiling face with sunglasses", "a sleepy face", "a drooling face")
 BLEND = 0.6
 
 
@@ -52,7 +52,7 @@ def zipped(first: str, folder: Path) -> Path:
             "a frog, outline style",
             "a rocket, outline style",
         ],
-        "blob": ["a blobby nerd face", "a blobby thinking face", "a blobby grinning face", "a blobby sleeping face"],
+        "blob": [f"a {face} face, blobby style" for face in ("nerd", "thinking", "grinning", "sleeping")],
         "ink": [f"{subject}, ink style" for subject in ("a cat", "a tulip", "a panda", "a rocket")],
     }
     path = folder / f"zip-{first}.safetensors"
@@ -73,7 +73,7 @@ def sheet() -> Image.Image:
 def composition() -> Image.Image:
     """Return two pairs of adapters, each alone and under every composition."""
     styles = [f"{subject}, ink style" for subject in SUBJECTS[:4]]
-    faces = [f"a blobby {face}, ink style" for face in FACES]
+    faces = [f"{face}, blobby style, ink style" for face in FACES]
     pairs = {"content": ("outline", styles), "character": ("blob", faces)}
     rows: dict[str, list[Image.Image]] = {}
     for first, prompts in pairs.values():
@@ -92,7 +92,7 @@ def composition() -> Image.Image:
         for label, images in ways.items():
             rows.setdefault(label, []).extend(images)
     labels = ["outline | blob" if label == "first" else label for label in rows]
-    columns = [*SUBJECTS[:4], *(f"a blobby {face.replace('smiling face with ', '')}" for face in FACES)]
+    columns = [*SUBJECTS[:4], *(face.replace("a smiling face with ", "") for face in FACES)]
     return contact_sheet(list(rows.values()), labels, columns, cell=128)
 
 

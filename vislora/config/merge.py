@@ -31,7 +31,7 @@ class MergeConfig(StackConfig):
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the numbers that dare drops."""
     prompts: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    """ziplora: what each adapter is asked for, by name: `{ink = ["a cat, ink style"], blob = ["a blobby face"]}`."""
+    """ziplora: what each is asked for, by name: `{ink = ["a cat, ink style"], blob = ["a face, blobby style"]}`."""
     learn_on: str = ""
     """ziplora: the base to learn on: a diffusers folder, hub name or `icons-dit`. Default: the embedded UNet."""
     steps: int = Field(100, ge=1)
