@@ -6,7 +6,8 @@ mixes styles up that are made of the same drawings. For pairs that were kept out
 drawing: linear discriminant analysis of colour and edge statistics tells the style. It is fitted to drawings that went
 through the VAE, so that the VAE's own look tells nothing; how many of those it tells right is printed, too.
 
-Run: python benchmarks/base_scores.py --data base-data.npz [--base FOLDER] [--count N] [--report FILE]
+Run: python benchmarks/base_scores.py --data base-data.npz [--base FOLDER] [--count N] [--guidance G]
+    [--report FILE]
 --count: how many of the trained pairs to draw, evenly spread; all of them without it. On 2 CPU cores 0.23 s a picture.
 """
 
@@ -27,14 +28,14 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train_scripts"))
 
 from base.measures import hog, statistics, through_vae
-from base.parts import DEFAULTS
 from base.pictures import Pictures, prompt_of
 
+from vislora.models import EMBEDDED, load_family
+from vislora.models.base import Family, place_of
 from vislora.models.schedulers import scheduler_for
 
 ROOT = Path(__file__).resolve().parents[1]
 
-STEPS, GUIDANCE = DEFAULTS["steps"], DEFAULTS["guidance_scale"]
 ALONE = 5
 
 
@@ -64,27 +65,28 @@ def _eye(x: Tensor) -> Tensor:
     return torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
 
 
-def load(base: Path) -> Any:
-    """Return the pipeline with the sampler that vislora gives it, on a GPU if there is one."""
-    from diffusers import DiffusionPipeline
-
-    pipe = DiffusionPipeline.from_pretrained(base).to("cuda" if torch.cuda.is_available() else "cpu")
-    pipe.scheduler = scheduler_for(pipe, "auto")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def load(base: Path) -> Family:
+    """Return the base with the sampler that vislora gives it, on a GPU if there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    family = load_family(base, torch.float32, device)
+    family.pipeline.scheduler = scheduler_for(family.pipeline, "auto")
+    return family
 
 
 @torch.no_grad()
-def draw(pipe: Any, prompts: list[str], batch: int) -> tuple[Tensor, float]:
+def draw(family: Family, prompts: list[str], batch: int, guidance: float | None = None) -> tuple[Tensor, float]:
     """Draw each prompt from noise of its own; return uint8 pictures and the seconds that one took."""
-    side = pipe.components["transformer" if "transformer" in pipe.components else "unet"].config.sample_size
+    pipe, traits = family.pipeline, family.traits
+    denoiser: Any = family.components["denoiser"]
+    side = denoiser.config.sample_size
     noise = [torch.randn(4, side, side, generator=torch.Generator().manual_seed(seed)) for seed in range(len(prompts))]
+    scale = traits.guidance_scale if guidance is None else guidance
     found, began = [], time.perf_counter()
     for start in range(0, len(prompts), batch):
         some = slice(start, start + batch)
         latents = torch.stack(noise[some]).to(pipe.device)
-        out = pipe(prompts[some], num_inference_steps=STEPS, guidance_scale=GUIDANCE, latents=latents, output_type="pt")
-        found.append((out.images * 255.0).round().to(torch.uint8).cpu())
+        how = {"num_inference_steps": traits.steps, "guidance_scale": scale, "output_type": "pt"}
+        found.append((pipe(prompts[some], latents=latents, **how).images * 255.0).round().to(torch.uint8).cpu())
         print(f"drawn {min(start + batch, len(prompts))} of {len(prompts)}", flush=True)
     return torch.cat(found), (time.perf_counter() - began) / len(prompts)
 
@@ -138,9 +140,10 @@ def main() -> None:
     """Draw, score and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("base-data.npz"))
-    parser.add_argument("--base", type=Path, default=ROOT / "vislora" / "assets" / "base")
+    parser.add_argument("--base", type=place_of, default=EMBEDDED)
     parser.add_argument("--count", type=int)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--guidance", type=float, help="guidance scale; the base's own without it")
     parser.add_argument("--report", type=Path)
     given = parser.parse_args()
     pictures = Pictures.read(given.data)
@@ -149,10 +152,10 @@ def main() -> None:
     trained = known[torch.linspace(0, len(known) - 1, count).long()].tolist()
     unseen = pictures.held_out.nonzero().flatten().tolist()
     prompts = [prompt_of(pictures.subjects[index], pictures.styles[index]) for index in [*trained, *unseen]]
-    pipe = load(given.base)
-    drawn, seconds = draw(pipe, prompts, given.batch_size)
-    alone = sorted(draw(pipe, prompts[:1], 1)[1] for _ in range(ALONE))[ALONE // 2]
-    found = scores(pictures, through_vae(pipe.vae, pictures.pixels), trained, unseen, drawn)
+    family = load(given.base)
+    drawn, seconds = draw(family, prompts, given.batch_size, given.guidance)
+    alone = sorted(draw(family, prompts[:1], 1)[1] for _ in range(ALONE))[ALONE // 2]
+    found = scores(pictures, through_vae(family.pipeline.vae, pictures.pixels), trained, unseen, drawn)
     found |= {"pictures": len(prompts), "subjects": len({pictures.subjects[index] for index in trained})}
     found |= {f"seconds a picture, {given.batch_size} at once": round(seconds, 4)}
     found |= {"seconds for one alone, median": round(alone, 4)}

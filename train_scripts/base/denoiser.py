@@ -55,9 +55,14 @@ class Examples:
 
 
 class Training:
-    """The model, its average and optimizer; `save` and `resume` keep all of it in one file."""
+    """The model, its average and optimizer; `save` and `resume` keep all of it in one file.
 
-    def __init__(self, layout: Layout, model: nn.Module, accelerator: Accelerator, state: Path) -> None:
+    `compiled`: whether torch compiles the model, which takes minutes, and is as it was where there is no C++ compiler.
+    """
+
+    def __init__(
+        self, layout: Layout, model: nn.Module, accelerator: Accelerator, state: Path, compiled: bool = False
+    ) -> None:
         model.to(accelerator.device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = Average(model)  # before `prepare`, which puts a forward of its own into the model
@@ -65,7 +70,7 @@ class Training:
         self.layout, self.accelerator, self._state = layout, accelerator, state
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
-        self.run = torch.compile(self.model)
+        self.run = torch.compile(self.model) if compiled else self.model
 
     def step(self, examples: Examples, batch: int, factor: float) -> Tensor:
         """Do one step and return the loss."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -23,6 +24,8 @@ class Layout(Protocol):
 
     length: int
     """How many tokens of a prompt the text encoders see."""
+    defaults: Mapping[str, float]
+    """What `vislora.json` says: how the base is sampled and trained on unless the user says otherwise."""
 
     def model(self, tokenizer: CLIPTokenizer) -> nn.Module:
         """Return fresh denoiser and text encoders as one model: forward(noisy latents, t, ids) predicts the target."""

@@ -88,7 +88,7 @@ def make_vae() -> AutoencoderKL:
     )
 
 
-def write_base(pipe: DiffusionPipeline, tokenizer_files: Path, folder: Path) -> None:
+def write_base(pipe: DiffusionPipeline, tokenizer_files: Path, folder: Path, defaults: Mapping[str, float]) -> None:
     """Write a pipeline as a diffusers folder in half precision, which old and new versions load in float32."""
     pipe.save_pretrained(folder)
     for name, part in pipe.components.items():
@@ -101,7 +101,7 @@ def write_base(pipe: DiffusionPipeline, tokenizer_files: Path, folder: Path) -> 
         elif isinstance(part, CLIPTokenizer):
             for file in ("vocab.json", "merges.txt"):
                 (folder / name / file).write_bytes((tokenizer_files / file).read_bytes())
-    (folder / "vislora.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n", encoding="utf-8")
+    (folder / "vislora.json").write_text(json.dumps(dict(defaults), indent=2) + "\n", encoding="utf-8")
 
 
 def _old_name(key: str) -> str:

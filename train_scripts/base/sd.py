@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from base.layout import Noised, text_config
-from base.parts import FACTOR, SIZE
+from base.parts import DEFAULTS, FACTOR, SIZE
 
 WIDTH = 128
 SNR_LIMIT = 5.0
@@ -45,6 +47,7 @@ class StableDiffusion1:
     """See `base.layout.Layout`."""
 
     length = 77
+    defaults: Mapping[str, float] = DEFAULTS
 
     def __init__(self) -> None:
         self.alphas = make_scheduler().alphas_cumprod

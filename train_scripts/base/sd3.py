@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from base.layout import Noised, text_config
-from base.parts import FACTOR, SIZE
+from base.parts import DEFAULTS, FACTOR, SIZE
 
 WIDTH, HEADS, LAYERS, TEXT_WIDTH = 256, 4, 4, 96
 EMPTY = 256
@@ -44,9 +45,10 @@ class Both(nn.Module):
                 nn.init.zeros_(module.bias)
         self.transformer.set_attn_processor(OneForAll())
         config = text_config(tokenizer, TEXT_WIDTH)
-        self.texts = nn.ModuleList(CLIPTextModelWithProjection(config) for _ in range(2))
-        for text in self.texts:
+        texts = [CLIPTextModelWithProjection(config) for _ in range(2)]
+        for text in texts:
             text.set_attn_implementation("eager")
+        self.texts = nn.ModuleList(texts)
 
     def forward(self, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
         """Return the predicted velocity. noisy: (batch, 4, height, width); t: (batch,); ids: (batch, length)."""
@@ -89,6 +91,7 @@ class StableDiffusion3:
     """See `base.layout.Layout`. Times are drawn logit-normal (arXiv 2403.03206, section 3.1)."""
 
     length = 20
+    defaults: Mapping[str, float] = DEFAULTS
 
     def model(self, tokenizer: CLIPTokenizer) -> Both:
         """Return fresh models."""
