@@ -153,7 +153,8 @@ def run(place: Place, images: Counts, chosen: argparse.Namespace) -> None:
         keep(vae, place.decoder)
     vae.load_state_dict(load_file(place.decoder))
     examples = Examples(moments, trained, tokenizer, vae.config.scaling_factor)
-    training = Training(layout, layout.model(tokenizer), accelerator, place.folder / "state.pt", chosen.compile)
+    compiled = accelerator.device.type == "cuda" if chosen.compile is None else chosen.compile
+    training = Training(layout, layout.model(tokenizer), accelerator, place.folder / "state.pt", compiled)
     budget = Budget(images.denoiser // at_once.denoiser, place.log, "denoiser", *training.resume())
     print(f"{len(moments)} pictures, {at_once.denoiser} at once, on {accelerator.device}", flush=True)
     shown = partial(export, place, layout, vae, sorted(set(trained.styles)))
@@ -175,8 +176,8 @@ def main() -> int:
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="compile the denoiser: two minutes at the start, then faster (on two cores the DiT in 0.6 of the time)",
+        help="compile the denoiser, which takes minutes at the start (two CPU cores then train the DiT in 0.6 of the "
+        "time). Default: on a GPU alone",
     )
     chosen = parser.parse_args()
     if not chosen.data.exists():
