@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import vislora
+from vislora.errors import ModelError
 from vislora.jobs.recipes import base_hash
 from vislora.models.base import SHIPPED, load_family, place_of
 
@@ -53,3 +54,8 @@ def test_the_transformer_is_found_by_its_name_and_draws(tmp_path):
     assert made[0].image.size == (64, 64)
     again = vislora.generate(like=made[0].path, output=tmp_path / "again")
     assert again[0].image.tobytes() == made[0].image.tobytes()
+
+
+def test_a_typo_in_its_name_is_told():
+    with pytest.raises(ModelError, match="did you mean 'icons-dit'"):
+        load_family("icons-ditt", torch.float32, torch.device("cpu"))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vislora.diffusion import Objective
-from vislora.errors import ModelError, VisloraError
+from vislora.errors import ModelError, VisloraError, nearest
 from vislora.registry import FAMILIES
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "base"
@@ -230,7 +230,8 @@ def _require_parts(path: Path, index: Mapping[str, Any]) -> None:
 
 def _from_hub(path: Path) -> Path:
     """Fetch the index of a hub name such as `stabilityai/stable-diffusion-3-medium-diffusers`."""
-    missing = f"base '{path}' does not exist: give a folder, or leave --base out to use the embedded base"
+    hint = nearest(str(path), [*SHIPPED])
+    missing = f"base '{path}' does not exist{hint}: give a folder, or leave --base out to use the embedded base"
     if path.is_absolute() or len(path.parts) != 2 or path.parts[0] in (".", ".."):
         raise ModelError(missing)
     from huggingface_hub import hf_hub_download
