@@ -164,7 +164,8 @@ def _load_base(config: TrainConfig, accelerator: Accelerator) -> Family:
     family = load_family(config.base or None, dtype, device, config.base_parts or None)
     if config.loop.gradient_checkpointing:
         family.components["denoiser"].enable_gradient_checkpointing()  # type: ignore[operator]
-    family.components["denoiser"].to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster convs
+    # on a CPU convs are faster so
+    family.components["denoiser"].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return family
 
 
