@@ -4,7 +4,8 @@ Style gain: how much of the way from the base's look to the artist's the adapter
 (d_base - d_real), where d is the distance of mean statistics of colour and edges to those of the folder, and `real` is
 what the artist drew of the same subjects, which no folder holds. All real drawings went through the VAE, so that its
 own look tells nothing. Content: of all drawings of all subjects, the one with the nearest HOG features is of the right
-subject. Leak: the style gain of prompts that ask for the base's own styles.
+subject; and the same among the base's own drawings when the mean of each look is taken from it, by which a character's
+faces can be told apart. Leak: the style gain of prompts that ask for the base's own styles.
 
 Run: python benchmarks/adapter_scores.py --data base-data.npz --adapter FILE --folder samples/ink [--seeds 2] [--leak]
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(ROOT / "train_scripts"))
 
-from base.measures import Drawings, content, looks, style_gain, subject_of, through_vae
+from base.measures import Drawings, content, content_apart, looks, style_gain, subject_of, through_vae
 from base.pictures import Pictures, prompt_of
 
 import vislora
@@ -41,6 +42,15 @@ def leaks(
         prompts = [prompt_of(subject, style) for subject in subjects]
         base, adapted = both(family, name, prompts)
         found[style] = round(style_gain(goal, real, looks(base), looks(adapted)), 3)
+    return found
+
+
+def styles_of(pictures: Pictures) -> list[tuple[Tensor, list[str]]]:
+    """Return the drawings of each style with their subjects."""
+    found = []
+    for style in sorted(set(pictures.styles)):
+        some = [index for index, name in enumerate(pictures.styles) if name == style]
+        found.append((pictures.pixels[some], [pictures.subjects[index] for index in some]))
     return found
 
 
@@ -74,11 +84,14 @@ def main() -> None:
     base, adapted = both(family, "adapter", kept.captions * given.seeds)
     drawings = [(pictures.pixels, pictures.subjects)]
     drawings += [(part.pixels, [subject_of(text, given.form) for text in part.captions]) for part in (shown, kept)]
+    own = styles_of(pictures)
     found: dict[str, Any] = {
         "style gain": round(style_gain(goal, real, looks(base), looks(adapted)), 3),
         "content": round(content(drawings, adapted, subjects * given.seeds), 3),
         "content of the base": round(content(drawings, base, subjects * given.seeds), 3),
         "content of real drawings": round(content(drawings[:2], kept.pixels, subjects), 3),
+        "content, looks apart": round(content_apart(own, adapted, subjects * given.seeds), 3),
+        "content of real drawings, looks apart": round(content_apart(own, kept.pixels, subjects), 3),
     }
     if given.leak:
         found["leak"] = leaks(family, "adapter", subjects, sorted(set(pictures.styles)), goal, real)

@@ -85,7 +85,7 @@ def draw(family: Family, prompts: list[str], batch: int, guidance: float | None 
     for start in range(0, len(prompts), batch):
         some = slice(start, start + batch)
         latents = torch.stack(noise[some]).to(pipe.device)
-        how = {"num_inference_steps": traits.steps, "guidance_scale": scale, "output_type": "pt"}
+        how = {"num_inference_steps": traits.steps, "guidance_scale": scale, "output_type": "pt", **traits.always}
         found.append((pipe(prompts[some], latents=latents, **how).images * 255.0).round().to(torch.uint8).cpu())
         print(f"drawn {min(start + batch, len(prompts))} of {len(prompts)}", flush=True)
     return torch.cat(found), (time.perf_counter() - began) / len(prompts)

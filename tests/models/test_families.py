@@ -9,10 +9,12 @@ from inspect import signature
 import pytest
 import torch
 from diffusers import FluxPipeline
+from diffusers.models.attention_processor import JointAttnProcessor2_0
 
 from tests import tiny
 from vislora.errors import ModelError
 from vislora.models.base import Family, components_of, load_family
+from vislora.models.joint import CountedJointAttention
 from vislora.models.parts import pack
 from vislora.registry import FAMILIES
 
@@ -280,14 +282,32 @@ def test_the_shift_of_a_flow_base_is_read_from_it():
     assert family("sd3").objective.shift == 3.0
 
 
-def test_sd3_without_t5_loads_and_runs(tmp_path):
+@pytest.fixture
+def without_t5(tmp_path):
     pipeline = tiny.sd3_pipeline()
     pipeline.register_modules(text_encoder_3=None, tokenizer_3=None)
     pipeline.save_pretrained(tmp_path / "base")
-    loaded = load_family(tmp_path / "base", torch.float32, CPU)
-    assert "te:t5" not in loaded.components
-    assert components_of(loaded.pipeline)[0] == "sd3"
-    assert loaded.encode_prompt(["a cat"])["prompt_embeds"].isfinite().all()
+    return load_family(tmp_path / "base", torch.float32, CPU)
+
+
+def test_sd3_without_t5_loads_and_runs(without_t5):
+    assert "te:t5" not in without_t5.components
+    assert components_of(without_t5.pipeline)[0] == "sd3"
+    assert without_t5.encode_prompt(["a cat"])["prompt_embeds"].isfinite().all()
+
+
+def test_sd3_without_t5_computes_one_token_for_all_that_stand_for_it(without_t5):
+    pipeline = without_t5.pipeline
+    whole, _, pooled, _ = pipeline.encode_prompt(["a cat", "a dog"], None, None, do_classifier_free_guidance=False)
+    short = without_t5.encode_prompt(["a cat", "a dog"])
+    noisy, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([300.0, 700.0])
+    pipeline.transformer.set_attn_processor(JointAttnProcessor2_0())
+    expected = pipeline.transformer(noisy, whole, pooled, t).sample
+    pipeline.transformer.set_attn_processor(CountedJointAttention())
+    assert whole.shape[1] == short["prompt_embeds"].shape[1] + 255
+    for given in (short, {**short, "prompt_embeds": whole}):  # as a cache of an earlier version may hold it
+        torch.testing.assert_close(without_t5.predict(noisy, t, given), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pipeline.transformer(noisy, whole, pooled, t).sample, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("where", ["nowhere", "nobody/nothing", "./nobody/nothing"])

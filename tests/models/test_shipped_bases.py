@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from diffusers.models.attention_processor import JointAttnProcessor2_0
 
 import vislora
 from vislora.errors import ModelError
@@ -54,6 +55,15 @@ def test_the_transformer_is_found_by_its_name_and_draws(tmp_path):
     assert made[0].image.size == (64, 64)
     again = vislora.generate(like=made[0].path, output=tmp_path / "again")
     assert again[0].image.tobytes() == made[0].image.tobytes()
+
+
+def test_the_transformer_draws_what_diffusers_draws_with_every_token():
+    family = load_family("icons-dit", torch.float32, torch.device("cpu"))
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    how = {"num_inference_steps": 3, "latents": latents, "output_type": "pt"}
+    ours = family.pipeline(["a fox, noto style"] * 2, **family.traits.always, **how).images
+    family.pipeline.transformer.set_attn_processor(JointAttnProcessor2_0())
+    torch.testing.assert_close(ours, family.pipeline(["a fox, noto style"] * 2, **how).images, rtol=0, atol=1e-3)
 
 
 def test_a_typo_in_its_name_is_told():

@@ -119,6 +119,22 @@ def content(drawings: Sequence[tuple[Tensor, list[str]]], drawn: Tensor, subject
     return sum(names[index] == subject for index, subject in zip(nearest, subjects, strict=True)) / len(subjects)
 
 
+def content_apart(looks: Sequence[tuple[Tensor, list[str]]], drawn: Tensor, subjects: Sequence[str]) -> float:
+    """Return how often the nearest of all drawings is of the right subject, by HOG without the mean of each look.
+
+    looks: (pixels, subjects) of each. A look's mean is that of the `subjects` in it; the mean of `drawn` is taken from
+    `drawn`. It judges where the look hides the content: what all faces of a character have in common says nothing.
+    """
+    features, names = [], []
+    for pixels, of in looks:
+        found = hog(pixels)
+        features.append(F.normalize(found - found[[name in subjects for name in of]].mean(0), dim=1))
+        names += of
+    asked = hog(drawn)
+    nearest = ((asked - asked.mean(0)) @ torch.cat(features).T).argmax(1).tolist()
+    return sum(names[index] == subject for index, subject in zip(nearest, subjects, strict=True)) / len(subjects)
+
+
 def subject_of(caption: str, form: str) -> str:
     """Return the subject in a caption such as `a fox, ink style`; `form` is `{subject}, ink style`."""
     before, after = form.split("{subject}")

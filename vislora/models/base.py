@@ -59,7 +59,8 @@ class Traits:
 
     `resolution`: pixels. `size_step`: sides of training images are multiples of it. `tags`: metadata keys of files.
     `source`: what sees the source image of a base that edits: its denoiser alone (`latents`) or its text encoder too
-    (`latents and text`), which then makes no image without one.
+    (`latents and text`), which then makes no image without one. `always`: what every call of the pipeline gets, beside
+    the card's.
     """
 
     resolution: int
@@ -71,6 +72,7 @@ class Traits:
     batch_size: int
     tags: Mapping[str, str]
     source: Literal["", "latents", "latents and text"] = ""
+    always: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Family(Protocol):

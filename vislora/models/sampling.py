@@ -75,9 +75,9 @@ def require_source(family: Family, given: bool) -> None:
 
 
 def _sized(family: Family, how: Sampling, source: Image | None) -> dict[str, Any]:
-    """Return what every call is given: the size, the source, and the card's own as far as the pipeline has it."""
+    """Return what every call is given: the size, the source, and the family's own as far as the pipeline has it."""
     known = inspect.signature(type(family.pipeline).__call__).parameters
-    more = {**family.card.always, family.card.area: how.width * how.height}
+    more = {**family.card.always, **family.traits.always, family.card.area: how.width * how.height}
     own = {name: value for name, value in more.items() if name in known}
     return {"width": how.width, "height": how.height, **own, **({} if source is None else {"image": source})}
 
