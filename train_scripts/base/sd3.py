@@ -21,11 +21,7 @@ EMPTY = 256
 
 
 class Both(nn.Module):
-    """The transformer and the text encoders as one model.
-
-    The pooled text stays zero. A transformer that is given it learns each pair of subject and style from it and hardly
-    looks at the tokens: of 60 pairs that it never saw, 0.70 showed the right subject, and 0.05 without the pooled text.
-    """
+    """The transformer and the text encoders as one model."""
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
@@ -52,8 +48,6 @@ class Both(nn.Module):
         texts = [CLIPTextModelWithProjection(config) for _ in range(2)]
         for text in texts:
             text.set_attn_implementation("eager")
-            nn.init.zeros_(text.text_projection.weight)
-            text.text_projection.requires_grad_(False)
         self.texts = nn.ModuleList(texts)
 
     def forward(self, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
