@@ -41,10 +41,14 @@ class CountedJointAttention(JointAttnProcessor2_0):
         text = _normed(text, attn.norm_added_q, attn.norm_added_k)
         query, key, value = (torch.cat(pair, 2) for pair in zip(image, text, strict=True))
         more = F.pad(key.new_full((1,), math.log(last_counts)), (key.shape[2] - 1, 0))
-        found = F.scaled_dot_product_attention(query, key, value, more.expand(1, 1, query.shape[2], -1))
+        found = self.attend(query, key, value, more)
         ours, theirs = found.transpose(1, 2).flatten(2).split([image[0].shape[2], text[0].shape[2]], 1)
         ours = attn.to_out[1](attn.to_out[0](ours))
         return ours, theirs if attn.context_pre_only else attn.to_add_out(theirs)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, more: Tensor) -> Tensor:
+        """Return the attention (batch, heads, tokens, width), as `query` is; `more` is added to the scores."""
+        return F.scaled_dot_product_attention(query, key, value, more.expand(1, 1, query.shape[2], -1))
 
 
 def _split(heads: int, *parts: Tensor) -> tuple[Tensor, ...]:
