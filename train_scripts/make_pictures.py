@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ADAPTERS = ROOT / "samples" / "adapters"
 OUT = ROOT / "docs" / "images"
 FACES = ("an angry face", "a smiling face with sunglasses", "a sleepy face", "a drooling face")
+WORDS = {"outline": "outline style", "blob": "blobby style", "ink": "ink style"}
 BLEND = 0.6
 
 
@@ -72,7 +73,7 @@ def sheet() -> Image.Image:
 
 def composition() -> Image.Image:
     """Return two pairs of adapters, each alone and under every composition."""
-    styles = [f"{subject}, ink style" for subject in SUBJECTS[:4]]
+    styles = [f"{subject}, outline style, ink style" for subject in SUBJECTS[:4]]
     faces = [f"{face}, blobby style, ink style" for face in FACES]
     pairs = {"content": ("outline", styles), "character": ("blob", faces)}
     rows: dict[str, list[Image.Image]] = {}
@@ -85,6 +86,12 @@ def composition() -> Image.Image:
             "sum of 0.6": row(prompts, dict.fromkeys(both, BLEND)),
             "switch": row(prompts, both, compose={"method": "switch"}),
             "composite": row(prompts, both, compose={"method": "composite"}),
+            **{
+                f"{method}, by prompt": row(
+                    prompts, both, compose={"method": method, "by_prompt": True, "words": WORDS}
+                )
+                for method in ("switch", "composite")
+            },
             "klora": row(prompts, both, compose={"method": "klora", "content": first, "style": "ink"}),
         }
         with tempfile.TemporaryDirectory() as folder:

@@ -14,6 +14,7 @@ _PUBLIC = {
     "load": "vislora.jobs.pipelines:load",
     "set_strengths": "vislora.jobs.pipelines:set_strengths",
     "set_composition": "vislora.jobs.pipelines:set_composition",
+    "prompt_shares": "vislora.jobs.importance:prompt_shares",
     "eject": "vislora.jobs.pipelines:eject",
     "reserve": "vislora.jobs.pipelines:reserve",
     "unreserve": "vislora.jobs.pipelines:unreserve",

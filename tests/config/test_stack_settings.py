@@ -14,6 +14,9 @@ from vislora.errors import ConfigError
         ({"method": "sum", "every": 2}, r"method 'sum' has no every; every is of: switch"),
         ({"method": "klora", "content": "a", "style": "b", "shares": {"a": 2.0}}, "shares is of: switch, composite"),
         ({"method": "composite", "every": 1, "shares": {"a": 2.0}}, "has no every"),
+        ({"method": "klora", "by_prompt": True}, "has no by_prompt; by_prompt is of: switch, composite"),
+        ({"method": "switch", "words": {"a": "ink"}}, "words are for by_prompt"),
+        ({"method": "switch", "by_prompt": True, "shares": {"a": 2.0}}, "shares, not both"),
     ],
 )
 def test_settings_of_another_method_are_told(settings, said):

@@ -15,6 +15,7 @@ from tests.jobs.test_strengths import images, near, put
 from vislora import Strength
 from vislora.errors import ConfigError
 from vislora.inject.stack import existing_stack
+from vislora.jobs.importance import without
 from vislora.models.base import components_of
 
 
@@ -39,7 +40,12 @@ def windows(pipeline, turns, steps):
 
 @pytest.mark.parametrize(
     ("settings", "turns"),
-    [({}, "ababa"), ({"every": 2}, "aabba"), ({"shares": {"b": 2}}, "abbab")],
+    [
+        ({}, "ababa"),
+        ({"every": 2}, "aabba"),
+        ({"shares": {"b": 2}}, "babba"),
+        ({"shares": {"a": 0.75, "b": 0.25}}, "aabaa"),
+    ],
 )
 def test_a_switch_lets_one_act_at_a_time(pipeline, settings, turns):
     wanted = windows(pipeline, turns, 5)
@@ -142,7 +148,7 @@ def test_one_adapter_is_itself_under_any_composition(pipeline):
         ("swich", {}, "did you mean 'switch'"),
         ("switch", {"evry": 2}, "did you mean 'every'"),
         ("switch", {"every": 0}, "at least 1"),
-        ("switch", {"shares": {"a": 1.5}}, "whole number"),
+        ("switch", {"shares": {"a": 0}}, "above 0"),
         ("switch", {"shares": {"c": 2}}, "no adapter named 'c'"),
         ("composite", {"shares": {"a": -1.0}}, "above 0"),
         ("klora", {"content": "a", "style": "x"}, "no adapter named 'x'"),
@@ -193,6 +199,97 @@ def test_an_image_of_a_composition_is_made_again(method, tmp_path, adapters):  #
     assert same([again], pictures[1:2])
     assert again.recipe == pictures[1].recipe
     assert not same(made(tmp_path, prompt=prompts[:1], **settings), pictures[:1])
+
+
+def test_shares_are_what_the_words_mean_in_the_prompt(pipeline):
+    prompt = "a cat, ink drawing, the blue outline"
+    shares = vislora.prompt_shares(pipeline, prompt, {"a": "ink drawing", "b": "Outline"})
+
+    def mean(encoder, tokenizer, text):
+        return (
+            encoder(tokenizer(text, return_tensors="pt").input_ids, output_hidden_states=True).hidden_states[-1].mean(1)
+        )
+
+    moved = {"a": 0.0, "b": 0.0}
+    for number in ("", "_2", "_3"):
+        encoder, tokenizer = (getattr(pipeline, name + number, None) for name in ("text_encoder", "tokenizer"))
+        if encoder is not None:
+            whole = mean(encoder, tokenizer, prompt)
+            for name, text in (("a", "a cat, the blue outline"), ("b", "a cat, ink drawing, the blue")):
+                moved[name] += ((mean(encoder, tokenizer, text) - whole).norm() / whole.norm()).item()
+    assert shares == pytest.approx({name: by / sum(moved.values()) for name, by in moved.items()}, rel=1e-5)
+    assert shares["a"] != pytest.approx(0.5, abs=1e-3)
+    vislora.set_composition(pipeline, "switch", shares=shares)
+
+
+@pytest.mark.parametrize("family", sorted(tiny.PIPELINES))
+def test_every_family_tells_what_words_mean(family):
+    shares = vislora.prompt_shares(tiny.PIPELINES[family](), "ink, a red cat", {"a": "ink", "b": "red cat"})
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert all(0.02 < share < 0.98 for share in shares.values())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words", "rest"),
+    [
+        ("a fox, ink style", "ink style", "a fox"),
+        ("ink style, a fox", "Ink Style", "a fox"),
+        ("a fox in ink style, at night", "ink style", "a fox in, at night"),
+        ("blob, sks man, happy", "blob, sks man", "happy"),
+        ("an inky fox", "ink", "an inky fox"),
+    ],
+)
+def test_words_are_left_out(prompt, words, rest):
+    assert without(prompt, words) == rest
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words", "message"),
+    [
+        ("a fox", {"a": "ink style", "b": "fox"}, r"'a fox' does not have 'ink style' \(a\)"),
+        ("a fox " + "far away " * 80 + "ink", {"a": "fox", "b": "ink"}, r"'ink' \(b\) changes nothing"),
+    ],
+)
+def test_words_that_cannot_be_weighed_are_told(prompt, words, message):
+    with pytest.raises(ConfigError, match=message):
+        vislora.prompt_shares(fresh("sd"), prompt, words)
+    with pytest.raises(ConfigError, match="no text encoder"):
+        vislora.prompt_shares(fresh("sd").unet, prompt, words)
+
+
+@pytest.mark.parametrize("method", ["switch", "composite"])
+def test_images_weigh_their_adapters_by_their_own_prompts(method, tmp_path, adapters):  # noqa: F811
+    settings = {"adapter": ("sd-a:0.8", "sd-b:0.5"), "adapters": (adapters,), "steps": 5}
+    words = {"sd-a": "ink", "sd-b": "blob"}
+    compose = {"method": method, "by_prompt": True, "words": words}
+    prompts = ("a cat, ink, blob", "blob, a red dog, ink")
+    pictures = made(tmp_path, prompt=prompts, compose=compose, batch_size=2, **settings)
+    assert [len(picture.recipe.batch) for picture in pictures] == [1, 1]
+    shares = [picture.recipe.compose["shares"] for picture in pictures]
+    assert shares[0].keys() == shares[1].keys() == words.keys()
+    assert shares[0] != shares[1]
+    (again,) = vislora.generate(like=pictures[1].path, output=tmp_path / "again", device="cpu")
+    assert same([again], pictures[1:2])
+    given = {"method": method, "shares": shares[0]}
+    assert same(made(tmp_path, prompt=prompts[:1], compose=given, **settings), pictures[:1])
+    with pytest.raises(ConfigError, match="'sd-b' names no trigger phrase"):
+        made(tmp_path, prompt=prompts[:1], compose={**compose, "words": {"sd-a": "cat"}}, **settings)
+    (alone,) = made(tmp_path, prompt=prompts[:1], compose=compose, **{**settings, "adapter": ("sd-a:0.8",)})
+    assert "shares" not in alone.recipe.compose
+
+
+def test_a_stack_without_a_prompt_is_not_weighed_by_one(adapters):  # noqa: F811
+    tables = [{"adapter": str(adapters / "sd-a.safetensors")}]
+    with pytest.raises(ConfigError, match=r"vislora\.prompt_shares"):
+        vislora.Stack.of(tables, compose={"method": "switch", "by_prompt": True})
+
+
+def test_a_sheet_compares_weights_by_the_prompt(tmp_path, adapters):  # noqa: F811
+    settings = {"adapter": ("sd-a:0.8", "sd-b:0.5"), "adapters": (adapters,), "sheet": True, "compositions": True}
+    compose = {"method": "switch", "by_prompt": True, "words": {"sd-a": "cat", "sd-b": "blob"}}
+    made(tmp_path, prompt=("a cat, blob",), compose=compose, **settings)
+    folders = {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()}
+    assert folders == {"base", "sd-a", "sd-b", "sum", "switch", "composite", "composite-by-prompt"}
 
 
 def test_a_sheet_shows_every_composition(tmp_path, adapters):  # noqa: F811

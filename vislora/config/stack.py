@@ -33,6 +33,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "composite": ("shares",),
     "klora": ("content", "style"),
 }
+NEEDS = {"every": "every", "shares": "shares", "by_prompt": "shares"}
+"""Setting -> what a method must have for it."""
 
 
 class ComposeConfig(Section):
@@ -43,7 +45,11 @@ class ComposeConfig(Section):
     every: int | None = Field(None, ge=1)
     """switch: steps that an adapter acts for before the next one does (1)."""
     shares: dict[str, float] = Field(default_factory=dict)
-    """switch: turns of an adapter in a round; composite: what its prediction counts. By name; 1 for the others."""
+    """switch: how often an adapter has its turn; composite: what its prediction counts. By name; 1 for the others."""
+    by_prompt: bool = False
+    """switch, composite: shares are how much each adapter's `words` mean in the prompt (arXiv 2606.03792)."""
+    words: dict[str, str] = Field(default_factory=dict)
+    """by_prompt: the words of an adapter in the prompt, by name; where it is not named, its file's trigger phrase."""
     content: str | None = None
     """klora: the adapter of the content."""
     style: str | None = None
@@ -52,9 +58,14 @@ class ComposeConfig(Section):
     @model_validator(mode="after")
     def _require_used(self) -> Self:
         """Refuse what the method has no use for; content and style may wait for a sheet that compares methods."""
-        unused = [name for name in ("every", "shares") if getattr(self, name) and name not in SETTINGS[self.method]]
+        if self.words and not self.by_prompt:
+            raise ValueError("words are for by_prompt = true")
+        if self.shares and self.by_prompt:
+            raise ValueError("by_prompt makes the shares: give it or shares, not both")
+        known = SETTINGS[self.method]
+        unused = [name for name, needs in NEEDS.items() if getattr(self, name) and needs not in known]
         if unused:
-            fitting = ", ".join(method for method, names in SETTINGS.items() if unused[0] in names)
+            fitting = ", ".join(method for method, names in SETTINGS.items() if NEEDS[unused[0]] in names)
             raise ValueError(f"method '{self.method}' has no {' and no '.join(unused)}; {unused[0]} is of: {fitting}")
         return self
 

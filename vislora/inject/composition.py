@@ -76,6 +76,13 @@ def make_composition(method: str, settings: Mapping[str, Any]) -> Composition | 
     return made
 
 
+def require_shares(shares: Mapping[str, float]) -> None:
+    """Raise `ConfigError` for a share that is no number above 0."""
+    for name, share in shares.items():
+        if not 0.0 < share < float("inf"):
+            raise ConfigError(f"shares: '{name}' has {share!r}: give a number above 0")
+
+
 def _is_required(field: Field[Any]) -> bool:
     return field.default is MISSING and field.default_factory is MISSING
 

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from vislora.config.generate import GenerateConfig
-from vislora.config.stack import ComposeConfig
+from vislora.config.stack import SETTINGS, ComposeConfig
 from vislora.errors import AdapterFileError, ConfigError, ModelError
 from vislora.files import content_hash, replacing, reserving
 from vislora.inject.strength import Strength
@@ -135,6 +135,7 @@ def _sheet(
     if studio.paths:
         label = next(iter(studio.paths)) if len(studio.paths) == 1 else "stack"
         label = label if config.compose.method == "sum" else config.compose.method
+        label += "-by-prompt" if config.compose.by_prompt else ""
         columns.append((label, [picture.image for picture in stacked]))
     rows = list(zip(*(images for _, images in columns), strict=True))
     sheet = contact_sheet(rows, [job.shot.prompt for job in jobs], [label for label, _ in columns])
@@ -154,8 +155,16 @@ def _columns(studio: Studio, jobs: list[Job], config: GenerateConfig) -> Iterato
         yield name, plain, [Job(job.shot, {name: job.strengths.get(name, Strength(1.0))}) for job in jobs]
     for method in COMPOSITIONS if config.compositions else ():
         names = {"content": config.compose.content, "style": config.compose.style} if method == "klora" else {}
-        if method != config.compose.method and None not in names.values():
-            yield method, ComposeConfig.of({"method": method, **names}), jobs
+        if None not in names.values():
+            yield from ((label, made, jobs) for label, made in _ways(method, names, config.compose))
+
+
+def _ways(method: str, names: dict[str, Any], chosen: ComposeConfig) -> Iterator[tuple[str, ComposeConfig]]:
+    """Yield a method as it is and, where the chosen one weighs by the prompt, so too; without the chosen one itself."""
+    if method != chosen.method or chosen.by_prompt:
+        yield method, ComposeConfig.of({"method": method, **names})
+    if chosen.by_prompt and method != chosen.method and "shares" in SETTINGS[method]:
+        yield f"{method}-by-prompt", ComposeConfig.of({"method": method, "by_prompt": True, "words": chosen.words})
 
 
 def _repeat(config: GenerateConfig, source: Path) -> Iterator[Record]:

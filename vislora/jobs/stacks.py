@@ -51,6 +51,11 @@ class Stack:
     @staticmethod
     def of_config(config: ComposedStackConfig) -> Stack:
         """Return the stack of checked settings. Raises `ConfigError`."""
+        if config.compose.by_prompt:
+            raise ConfigError(
+                "compose.by_prompt needs a prompt, which a stack has none of: set_composition(pipeline, method, "
+                "shares=vislora.prompt_shares(pipeline, prompt, words)) for each"
+            )
         given = [(table.adapter, declared(table)) for table in config.stack]
         labels, paths = label_once([name for name, _ in given], config.adapters)
         return Stack({labels[name]: strength for name, strength in given}, paths, config.compose)

@@ -7,16 +7,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
 from vislora import formats
 from vislora.config.stack import ComposeConfig
+from vislora.errors import ConfigError
 from vislora.files import content_hash, reserving
 from vislora.inject.moment import varies
 from vislora.inject.strength import Strength
 from vislora.jobs.devices import DTYPES, pick_device, pick_precision
+from vislora.jobs.importance import prompt_shares
 from vislora.jobs.pipelines import attach, set_composition, set_strengths
 from vislora.jobs.recipes import OFF, Recipe, adapter_rows, base_hash, save_png, threads, versions
 from vislora.jobs.sources import Source, read_source
@@ -51,8 +54,8 @@ class Job:
 class Studio:
     """What is needed to make images and to say how they were made.
 
-    `paths`, `hashes`: name of a loaded adapter -> its file, and the hash that it had when it was loaded. `stack`: the
-    strengths that are set now. `source`: the image to edit.
+    `paths`, `hashes`, `triggers`: name of a loaded adapter -> its file, the hash that this had when it was loaded, and
+    the trigger phrase that it names. `stack`: the strengths that are set now. `source`: the image to edit.
     """
 
     family: Family
@@ -62,6 +65,7 @@ class Studio:
     device: torch.device
     paths: dict[str, Path] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
+    triggers: dict[str, str] = field(default_factory=dict)
     stack: dict[str, Sequence[Strength]] = field(default_factory=dict)
     compose: ComposeConfig = field(default_factory=ComposeConfig)
     source: Source | None = None
@@ -73,6 +77,7 @@ class Studio:
         yield from (Note(f"adapter '{name}': {line}") for line in adapter_file.notes)
         misfits = attach(self.family.pipeline, adapter_file, name, 0.0, allow_partial)
         self.paths[name], self.hashes[name] = path, content_hash(path)
+        self.triggers[name] = adapter_file.metadata.get("modelspec.trigger_phrase", "")
         for line in misfits:
             yield Note(f"adapter '{name}': not applied: {line}", "warning")
 
@@ -107,15 +112,36 @@ class Studio:
     ) -> list[tuple[Image.Image, Recipe]]:
         """Make one batch, each image with its own stack; returns each with its recipe."""
         engine = self.set_stacks(stacks)
+        compose = {"method": self.compose.method, **self.compose.settings, **self._shares(shots[0].prompt, stacks[0])}
+        if self.compose.by_prompt:
+            set_composition(self.family.pipeline, **compose)
         shown = None if self.source is None else read_source(self.source.path, how.width, how.height)
         images = next(make_images(self.family, shots, how, len(shots), shown))
         rows = [adapter_rows(self.paths, self.hashes, stacks, index) for index in range(len(shots))]
         return [
-            (image, self._recipe(rows[index], how, tuple(shots), index, engine)) for index, image in enumerate(images)
+            (image, self._recipe(rows[index], how, tuple(shots), index, engine, compose))
+            for index, image in enumerate(images)
         ]
 
+    def _shares(self, prompt: str, stack: Mapping[str, Strength]) -> dict[str, dict[str, float]]:
+        """Return the shares of a stack by its words in the prompt, where the composition wants them so."""
+        words = {**self.triggers, **self.compose.words}
+        active = {name: words[name] for name, strength in stack.items() if strength != OFF}
+        if not self.compose.by_prompt or len(active) < 2:
+            return {}
+        silent = [name for name, phrase in active.items() if not phrase]
+        if silent:
+            raise ConfigError(f"compose.by_prompt: '{silent[0]}' names no trigger phrase: give compose.words for it")
+        return {"shares": prompt_shares(self.family.pipeline, prompt, active)}
+
     def _recipe(
-        self, rows: tuple[dict, ...], how: Sampling, batch: tuple[Shot, ...], index: int, engine: str
+        self,
+        rows: tuple[dict, ...],
+        how: Sampling,
+        batch: tuple[Shot, ...],
+        index: int,
+        engine: str,
+        compose: dict[str, Any],
     ) -> Recipe:
         return Recipe(
             base=self.base,
@@ -129,7 +155,7 @@ class Studio:
             engine=engine,
             threads=threads(),
             versions=versions(),
-            compose={"method": self.compose.method, **self.compose.settings},
+            compose=compose,
             source=self.source,
             base_parts=self.base_parts,
         )
@@ -148,10 +174,14 @@ def batches(
 ) -> Iterator[tuple[list[Shot], list[dict[str, Strength]]]]:
     """Yield the shots and stacks of each batch, in order.
 
-    Neighbours share one whatever their stacks are, but under a composition, where they must have the same stack.
+    Neighbours share one whatever their stacks are, but under a composition, where they must have the same stack, and
+    the same prompt where it depends on that.
     """
-    alike = groupby(jobs, key=lambda job: None if compose.method == "sum" else job.strengths)
-    for group in (list(found) for _, found in alike):
+
+    def alike(job: Job) -> Any:
+        return None if compose.method == "sum" else (job.strengths, compose.by_prompt and job.shot.prompt)
+
+    for group in (list(found) for _, found in groupby(jobs, key=alike)):
         for start in range(0, len(group), batch_size):
             batch = group[start : start + batch_size]
             yield [job.shot for job in batch], [job.strengths for job in batch]

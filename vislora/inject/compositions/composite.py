@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vislora.errors import ConfigError
-from vislora.inject.composition import OnLayers, Run
+from vislora.inject.composition import OnLayers, Run, require_shares
 
 
 @dataclass(frozen=True)
@@ -22,9 +21,7 @@ class Composite:
     shares: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, share in self.shares.items():
-            if not 0.0 < share < float("inf"):
-                raise ConfigError(f"shares: '{name}' counts {share!r}: give a number above 0")
+        require_shares(self.shares)
 
     def runs(self, names: Sequence[str], step: int, last: int, on_layers: OnLayers) -> list[Run]:
         """Return a run for each adapter."""
