@@ -53,9 +53,11 @@ def pictures():
 
 
 def test_captions_name_the_picture_in_part_or_whole():
+    from base.pictures import draw_forms
+
     shown = pictures()
     torch.manual_seed(0)
-    texts = shown.captions(torch.zeros(400, dtype=torch.long))
+    texts = shown.captions(torch.zeros(400, dtype=torch.long), draw_forms(400))
     assert texts.count("an owl, flat style") > 200
     assert texts.count("") > 10
     assert "flat style" in texts
@@ -63,6 +65,27 @@ def test_captions_name_the_picture_in_part_or_whole():
     assert len(made_up) > 5
     assert not any("neon" in text or "fox" in text for text in texts)
     assert len(shown.trained().subjects) == 5
+
+
+def test_the_second_caption_is_of_the_same_subject_in_any_style_that_it_is_trained_in(tmp_path):
+    from base.denoiser import Examples
+
+    shown = pictures().trained()
+    chosen = torch.arange(5).repeat(40)
+    beside = shown.beside(chosen).tolist()
+    assert [shown.subjects[index] for index in beside] == [shown.subjects[index] for index in chosen.tolist()]
+    assert {(int(one), other) for one, other in zip(chosen, beside, strict=True)} == {
+        *((one, other) for one in (0, 1) for other in (0, 1)),
+        *((one, other) for one in (2, 3) for other in (2, 3)),
+        (4, 4),
+    }
+    words = tokenizer(tmp_path, 20)
+    examples = Examples(torch.zeros(5, 8, 16, 16), shown, words, 1.0, texts=2)
+    _, (ids, others) = examples.draw(200)
+    style = {words.convert_tokens_to_ids(f"{name}</w>") for name in ("flat", "neon")}
+    differ = ids != others
+    assert differ.any(1).sum() > 40
+    assert set(ids[differ].tolist()) | set(others[differ].tolist()) == style
 
 
 def test_subjects_that_look_alike_are_thinned_out():
@@ -102,7 +125,7 @@ def test_one_empty_token_for_all_is_what_the_pipeline_computes(tmp_path):
     with torch.no_grad():
         embeds, _, pooled, _ = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
         theirs = pipe.transformer(noisy, embeds, pooled, t, return_dict=False)[0]
-        ours = model(noisy, t, ids)
+        ours = model(noisy, t, ids, ids)
     assert embeds.shape[1] == layout.length + 256
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert theirs.abs().max() > 0.1
@@ -122,7 +145,7 @@ def test_a_training_that_was_killed_goes_on_as_if_it_had_not_been(name, tmp_path
     layout, shown = LAYOUTS[name], pictures()
     words = tokenizer(tmp_path, layout.length)
     moments = torch.cat([torch.randn(6, 4, 16, 16), torch.full((6, 4, 16, 16), -9.0)], 1)
-    examples = base.denoiser.Examples(moments, shown, words, 1.0)
+    examples = base.denoiser.Examples(moments, shown, words, 1.0, layout.texts)
 
     def run(folder, until):
         def exported(model):

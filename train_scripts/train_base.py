@@ -152,7 +152,7 @@ def run(place: Place, images: Counts, chosen: argparse.Namespace) -> None:
         finish_decoder(vae, moments, pixels, budget, accelerator, at_once.decoder)
         keep(vae, place.decoder)
     vae.load_state_dict(load_file(place.decoder))
-    examples = Examples(moments, trained, tokenizer, vae.config.scaling_factor)
+    examples = Examples(moments, trained, tokenizer, vae.config.scaling_factor, layout.texts)
     compiled = accelerator.device.type == "cuda" if chosen.compile is None else chosen.compile
     training = Training(layout, layout.model(tokenizer), accelerator, place.folder / "state.pt", compiled)
     budget = Budget(images.denoiser // at_once.denoiser, place.log, "denoiser", *training.resume())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from base.layout import Layout
-from base.pictures import Pictures
+from base.pictures import Pictures, draw_forms
 from base.progress import Budget
 from base.vae import sampled
 
@@ -39,19 +39,29 @@ class Average:
 
 
 class Examples:
-    """Everything to learn from, on the device: latents as moments, and the caption of each, drawn anew every time."""
+    """Everything to learn from, on the device: latents as moments, and captions of each, drawn anew every time.
 
-    def __init__(self, moments: Tensor, pictures: Pictures, tokenizer: CLIPTokenizer, scaling_factor: float) -> None:
+    `texts`: as in `Layout`.
+    """
+
+    def __init__(
+        self, moments: Tensor, pictures: Pictures, tokenizer: CLIPTokenizer, scaling_factor: float, texts: int = 1
+    ) -> None:
         self.moments, self.scaling_factor = moments, scaling_factor
-        self._pictures, self._tokenizer = pictures, tokenizer
+        self._pictures, self._tokenizer, self._texts = pictures, tokenizer, texts
 
-    def draw(self, count: int) -> tuple[Tensor, Tensor]:
-        """Return scaled latents (count, 4, height, width) and the ids of captions (count, length)."""
+    def draw(self, count: int) -> tuple[Tensor, list[Tensor]]:
+        """Return scaled latents (count, 4, height, width) and the ids of each of the captions (count, length)."""
         device = self.moments.device
         chosen = torch.randint(len(self.moments), (count,))
-        texts = self._pictures.captions(chosen)
-        ids = self._tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        return sampled(self.moments[chosen.to(device)]) * self.scaling_factor, ids.to(device)
+        forms = draw_forms(count)
+        described = [chosen, *(self._pictures.beside(chosen) for _ in range(1, self._texts))]
+        ids = [self._ids(self._pictures.captions(each, forms)).to(device) for each in described]
+        return sampled(self.moments[chosen.to(device)]) * self.scaling_factor, ids
+
+    def _ids(self, texts: list[str]) -> Tensor:
+        found: Tensor = self._tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return found
 
 
 class Training:
@@ -79,7 +89,7 @@ class Training:
         latents, ids = examples.draw(batch)
         noisy, t, target, weight = self.layout.noised(latents)
         with self.accelerator.autocast():
-            predicted = self.run(noisy, t, ids)
+            predicted = self.run(noisy, t, *ids)
         loss = ((predicted.float() - target).square().mean(dim=(1, 2, 3)) * weight).mean()
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.model.parameters(), CLIP)

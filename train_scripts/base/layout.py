@@ -24,11 +24,13 @@ class Layout(Protocol):
 
     length: int
     """How many tokens of a prompt the text encoders see."""
+    texts: int
+    """How many captions of a picture the model is given. The second is of the same subject, maybe in another style."""
     defaults: Mapping[str, float]
     """What `vislora.json` says: how the base is sampled and trained on unless the user says otherwise."""
 
     def model(self, tokenizer: CLIPTokenizer) -> nn.Module:
-        """Return fresh denoiser and text encoders as one model: forward(noisy latents, t, ids) predicts the target."""
+        """Return fresh denoiser and text encoders as one model: forward(noisy latents, t, *ids) predicts the target."""
 
     def noised(self, latents: Tensor) -> Noised:
         """Return scaled `latents` with noise, at random timesteps."""

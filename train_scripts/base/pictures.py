@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -49,20 +50,42 @@ class Pictures:
         """Return all that a vocabulary should know."""
         return [prompt_of(subject, style) for subject, style in zip(self.subjects, self.styles, strict=True)]
 
-    def captions(self, chosen: Tensor) -> list[str]:
-        """Return a caption, drawn at random, for each of the `chosen` (n,)."""
-        shares = torch.tensor([share for _, share in CAPTIONS])
-        forms = torch.multinomial(shares, len(chosen), replacement=True).tolist()
-        words = torch.randint(len(SYLLABLES), (len(chosen), 2)).tolist()
+    def beside(self, chosen: Tensor) -> Tensor:
+        """Return for each of the `chosen` (n,) another picture of its subject, or itself, drawn at random."""
+        return torch.tensor(
+            [same[int(torch.randint(len(same), ()))] for same in map(self._same_subject.__getitem__, chosen.tolist())]
+        )
+
+    @cached_property
+    def _same_subject(self) -> list[list[int]]:
+        """For each picture, those of its subject."""
+        found: dict[str, list[int]] = {}
+        for index, subject in enumerate(self.subjects):
+            found.setdefault(subject, []).append(index)
+        return [found[subject] for subject in self.subjects]
+
+    def captions(self, chosen: Tensor, forms: list[str]) -> list[str]:
+        """Return a caption, in its form of `draw_forms`, for each of the `chosen` (n,)."""
         return [
-            caption(CAPTIONS[form][0], self.subjects[index], self.styles[index], "".join(SYLLABLES[n] for n in word))
-            for form, index, word in zip(forms, chosen.tolist(), words, strict=True)
+            caption(form, self.subjects[index], self.styles[index])
+            for form, index in zip(forms, chosen.tolist(), strict=True)
         ]
 
 
-def caption(form: str, subject: str, style: str, word: str = "") -> str:
+def draw_forms(count: int) -> list[str]:
+    """Draw from CAPTIONS at random; where a form has a word in it, that is there already."""
+    shares = torch.tensor([share for _, share in CAPTIONS])
+    drawn = torch.multinomial(shares, count, replacement=True).tolist()
+    words = torch.randint(len(SYLLABLES), (count, 2)).tolist()
+    return [
+        CAPTIONS[form][0].replace("{word}", "".join(SYLLABLES[number] for number in word))
+        for form, word in zip(drawn, words, strict=True)
+    ]
+
+
+def caption(form: str, subject: str, style: str) -> str:
     """Return a caption, with the article that the subject needs."""
-    return form.format(a="an" if subject[0] in "aeiou" else "a", subject=subject, style=style, word=word)
+    return form.format(a="an" if subject[0] in "aeiou" else "a", subject=subject, style=style)
 
 
 def prompt_of(subject: str, style: str) -> str:

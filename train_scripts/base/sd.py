@@ -46,7 +46,7 @@ class Both(nn.Module):
 class StableDiffusion1:
     """See `base.layout.Layout`."""
 
-    length = 77
+    length, texts = 77, 1
     defaults: Mapping[str, float] = DEFAULTS
 
     def __init__(self) -> None:

@@ -48,12 +48,16 @@ class Both(nn.Module):
             text.set_attn_implementation("eager")
         self.texts = nn.ModuleList(texts)
 
-    def forward(self, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        """Return the predicted velocity. noisy: (batch, 4, height, width); t: (batch,); ids: (batch, length)."""
-        found = [text(ids, output_hidden_states=True) for text in self.texts]
-        context = torch.cat([each.hidden_states[-2] for each in found], -1)
+    def forward(self, noisy: Tensor, t: Tensor, ids: Tensor, others: Tensor) -> Tensor:
+        """Return the predicted velocity. noisy: (batch, 4, height, width); t: (batch,); ids, others: (batch, length).
+
+        `ids` gives the tokens and `others` the pooled text.
+        """
+        count = len(ids)
+        found = [text(torch.cat([ids, others]), output_hidden_states=True) for text in self.texts]
+        context = torch.cat([each.hidden_states[-2][:count] for each in found], -1)
         context = torch.cat([context, torch.zeros_like(context[:, :1])], 1)
-        pooled = torch.cat([each.text_embeds for each in found], -1)
+        pooled = torch.cat([each.text_embeds[count:] for each in found], -1)
         counted = ONE_FOR_ALL["joint_attention_kwargs"]
         prediction: Tensor = self.transformer(
             noisy, context, pooled, t, joint_attention_kwargs=counted, return_dict=False
@@ -73,7 +77,7 @@ class PlainAttention(CountedJointAttention):
 class StableDiffusion3:
     """See `base.layout.Layout`. Times are drawn logit-normal (arXiv 2403.03206, section 3.1)."""
 
-    length = 20
+    length, texts = 20, 2
     defaults: Mapping[str, float] = DEFAULTS
 
     def model(self, tokenizer: CLIPTokenizer) -> Both:
