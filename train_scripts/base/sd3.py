@@ -19,7 +19,11 @@ WIDTH, HEADS, LAYERS, TEXT_WIDTH = 256, 4, 4, 96
 
 
 class Both(nn.Module):
-    """The transformer and the text encoders as one model."""
+    """The transformer and the text encoders as one model.
+
+    The pooled text is that of a caption of the same subject in any style, so that it comes to mean the subject alone. A
+    transformer that finds the style there, too, learns each pair of both and hardly looks at the tokens.
+    """
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
@@ -78,7 +82,7 @@ class StableDiffusion3:
     """See `base.layout.Layout`. Times are drawn logit-normal (arXiv 2403.03206, section 3.1)."""
 
     length, texts = 20, 2
-    defaults: Mapping[str, float] = DEFAULTS
+    defaults: Mapping[str, float] = DEFAULTS | {"guidance_scale": 1.5}  # with more, adapters carry over less
 
     def model(self, tokenizer: CLIPTokenizer) -> Both:
         """Return fresh models."""
