@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,9 @@ from diffusers import HeunDiscreteScheduler
 import vislora
 from tests import tiny
 from tests.jobs.test_generate import adapters, made, same  # noqa: F401
-from tests.jobs.test_pipelines import fresh, state
+from tests.jobs.test_pipelines import adapter, fresh, state
 from tests.jobs.test_strengths import images, near, put
-from vislora import Strength
+from vislora import Strength, formats
 from vislora.errors import ConfigError
 from vislora.inject.stack import existing_stack
 from vislora.jobs.importance import without
@@ -247,6 +249,7 @@ def test_words_are_left_out(prompt, words, rest):
     ("prompt", "words", "message"),
     [
         ("a fox", {"a": "ink style", "b": "fox"}, r"'a fox' does not have 'ink style' \(a\)"),
+        ("a fox, ", {"a": "ink style", "b": "fox"}, r"'a fox, ' does not have 'ink style' \(a\)"),
         ("a fox " + "far away " * 80 + "ink", {"a": "fox", "b": "ink"}, r"'ink' \(b\) changes nothing"),
     ],
 )
@@ -274,8 +277,25 @@ def test_images_weigh_their_adapters_by_their_own_prompts(method, tmp_path, adap
     assert same(made(tmp_path, prompt=prompts[:1], compose=given, **settings), pictures[:1])
     with pytest.raises(ConfigError, match="'sd-b' names no trigger phrase"):
         made(tmp_path, prompt=prompts[:1], compose={**compose, "words": {"sd-a": "cat"}}, **settings)
-    (alone,) = made(tmp_path, prompt=prompts[:1], compose=compose, **{**settings, "adapter": ("sd-a:0.8",)})
+    only = {**compose, "words": {"sd-a": "ink"}}
+    (alone,) = made(tmp_path, prompt=prompts[:1], compose=only, **{**settings, "adapter": ("sd-a:0.8",)})
     assert "shares" not in alone.recipe.compose
+
+
+def test_words_are_the_trigger_phrase_of_the_file_unless_given(tmp_path):
+    _, components = components_of(tiny.PIPELINES["sd"]())
+    for seed, word in enumerate(("ink", "blob")):
+        found = replace(adapter(components, "sd", seed), metadata={"modelspec.trigger_phrase": word})
+        formats.save(found, tmp_path / f"{word}.safetensors", "kohya")
+    settings = {"prompt": ("a cat, ink, red blob",), "adapter": ("ink", "blob"), "adapters": (tmp_path,)}
+    own, given = (
+        made(tmp_path, compose={"method": "switch", "by_prompt": True, "words": words}, **settings)[0].recipe.compose
+        for words in ({}, {"blob": "red blob"})
+    )
+    assert own["shares"].keys() == {"ink", "blob"}
+    assert given["shares"]["blob"] > own["shares"]["blob"]
+    with pytest.raises(ConfigError, match=r"no adapter named 'blop' \(did you mean 'blob'"):
+        made(tmp_path, compose={"method": "switch", "by_prompt": True, "words": {"blop": "blob"}}, **settings)
 
 
 def test_a_stack_without_a_prompt_is_not_weighed_by_one(adapters):  # noqa: F811

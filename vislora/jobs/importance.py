@@ -30,7 +30,7 @@ def prompt_shares(pipeline: Any, prompt: str, words: Mapping[str, str]) -> dict[
     """
     readers = _readers(pipeline)
     rest = {name: without(prompt, phrase) for name, phrase in words.items()}
-    lacking = [f"'{words[name]}' ({name})" for name, text in rest.items() if text == prompt]
+    lacking = [f"'{words[name]}' ({name})" for name, text in rest.items() if text == without(prompt, "")]
     if lacking:
         raise ConfigError(
             f"the prompt '{prompt}' does not have {', '.join(lacking)}: say the words in it, or give shares yourself"
@@ -49,7 +49,7 @@ def prompt_shares(pipeline: Any, prompt: str, words: Mapping[str, str]) -> dict[
 
 
 def without(prompt: str, words: str) -> str:
-    """Return `prompt` without each of `words`, which commas part, and the comma before it."""
+    """Return `prompt` without each of `words`, which commas part, the comma before it, and commas at the ends."""
     for word in (part.strip() for part in words.split(",")):
         if word:
             prompt = re.sub(rf"\s*,?\s*(?<!\w){re.escape(word)}(?!\w)", "", prompt, flags=re.IGNORECASE)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vislora import formats
 from vislora.config.stack import ComposeConfig
-from vislora.errors import ConfigError
+from vislora.errors import ConfigError, nearest
 from vislora.files import content_hash, reserving
 from vislora.inject.moment import varies
 from vislora.inject.strength import Strength
@@ -87,6 +87,12 @@ class Studio:
 
     def set_composition(self, compose: ComposeConfig) -> None:
         """Choose how the loaded adapters act together. Raises `ConfigError`."""
+        odd = [name for name in compose.words if name not in self.paths]
+        if odd:
+            shown = ", ".join(self.paths) or "none"
+            raise ConfigError(
+                f"compose.words: no adapter named '{odd[0]}'{nearest(odd[0], self.paths)}; loaded: {shown}"
+            )
         if self.paths:
             set_composition(self.family.pipeline, compose.method, **compose.settings)
         self.compose = compose
