@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vislora.algorithms.base import apply_weight
 from vislora.errors import AdapterMismatchError, ConfigError
-from vislora.inject.parts import LayerAdapter, Part, merged, parts_of
+from vislora.inject.parts import LayerAdapter, Part, merging, parts_of
 
 STATE = "_vislora_layer"
 HOOKS = ("accelerate.hooks", "diffusers.hooks.hooks")
@@ -68,25 +68,36 @@ class LayerState:
         self.merged = None
         self.parts = [self.room] if self.room is not None else None
 
+    @property
+    def can_merge(self) -> bool:
+        """Say whether the active adapters are to be in a merged weight, and their strengths allow it."""
+        return self.merges and bool(self.on) and all(adapter.is_constant for adapter in self.on.values())
+
     def prepare(self, layer: nn.Module) -> None:
         """Make what the engine of this layer needs, once after each change."""
-        active = list(self.on.values())
-        constant = all(adapter.is_constant for adapter in active)
-        if self.merges and active and constant and not torch.compiler.is_compiling():
+        if self.can_merge and not torch.compiler.is_compiling():
             self.merge(layer.weight)  # type: ignore[arg-type]
         else:
-            self.parts = parts_of(active, layer)
+            self.parts = parts_of(list(self.on.values()), layer)
 
     def merge(self, weight: Tensor) -> None:
         """Compute `merged` from `weight`, in float32 with one rounding."""
         with untracked():
-            like = (weight.shape, weight.dtype, weight.device)
-            buffer = self.merged if self.merged is not None else self.spare
-            if buffer is None or (buffer.shape, buffer.dtype, buffer.device) != like:
-                buffer = torch.empty_like(weight)
-            self.merged = merged(weight.detach(), list(self.on.values()), buffer)
-            self.spare = None
-        self.source = weakref.ref(weight), _version(weight)
+            self.merging(weight)()
+
+    def merging(self, weight: Tensor) -> Callable[[], None]:
+        """Return what computes `merged` from `weight`, to be called where nothing is tracked."""
+        like = (weight.shape, weight.dtype, weight.device)
+        buffer = self.merged if self.merged is not None else self.spare
+        if buffer is None or (buffer.shape, buffer.dtype, buffer.device) != like:
+            buffer = torch.empty_like(weight)
+        compute = merging(weight.detach(), list(self.on.values()), buffer)
+
+        def merge() -> None:
+            self.merged, self.spare = compute(), None
+            self.source = weakref.ref(weight), _version(weight)
+
+        return merge
 
     def bias_of(self, layer: nn.Module) -> Tensor | None:
         """Return the bias of `layer` with the changes of the active adapters in it, in float32 with one rounding."""

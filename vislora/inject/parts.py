@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -245,40 +245,49 @@ class PerImage:
         return torch.cat(downs), torch.cat(ups, 1)
 
 
-def merged(weight: Tensor, adapters: Sequence[LayerAdapter], out: Tensor) -> Tensor:
-    """Write `weight` plus the deltas of `adapters` into `out`, its like, and return it.
+def merging(weight: Tensor, adapters: Sequence[LayerAdapter], out: Tensor) -> Callable[[], Tensor]:
+    """Return what writes `weight` plus the deltas of `adapters` into `out`, its like, and returns it.
 
     The sum is made in float32 (float64 for float64) and rounded once: of plain LoRAs in one product, then of the
     others, each in the order given.
     """
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    total = weight.to(dtype).flatten(1)
     plain = [adapter for adapter in adapters if adapter.is_plain]
-    if plain:
-        place = out.flatten(1) if out.dtype == dtype and out.is_contiguous() else None
-        total = _with_product(total, plain, place)
-    for adapter in adapters if len(plain) < len(adapters) else ():
+    if weight.dtype.itemsize >= 4 and len(plain) == len(adapters) and out.is_contiguous():
+        write = _product_added(plain, out.flatten(1))
+        return lambda: write(weight.flatten(1)).view(out.shape)
+    return lambda: _merged_apart(weight, plain, adapters, out)
+
+
+def _merged_apart(
+    weight: Tensor, plain: Sequence[LayerAdapter], adapters: Sequence[LayerAdapter], out: Tensor
+) -> Tensor:
+    total = weight.to(torch.promote_types(weight.dtype, torch.float32)).flatten(1)
+    total = _product_added(plain, None)(total) if plain else total
+    for adapter in adapters:
         if not adapter.is_plain:
             total = total + adapter.delta(weight).flatten(1)
-    if total.data_ptr() != out.data_ptr():
-        out.copy_(total.reshape(out.shape))
-    return out
+    return out.copy_(total.reshape(out.shape))
 
 
-def _with_product(weight: Tensor, adapters: Sequence[LayerAdapter], out: Tensor | None) -> Tensor:
-    """Return the matrix `weight` plus the deltas of plain LoRAs, in `out` if given.
+def _product_added(adapters: Sequence[LayerAdapter], out: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """Return what adds the deltas of plain LoRAs to a matrix, in its type, in `out` if given.
 
     A product and a sum take less time than one addmm, which copies first; so does a factor that all have in common,
     when it is left to the sum.
     """
     factors = [adapter.scale * adapter.strengths[0] for adapter in adapters]
     common = factors[0] if len(set(factors)) == 1 else None
-    ups = [_up(adapter).to(weight) for adapter in adapters]
-    if common is None:
-        ups = [up * factor for up, factor in zip(ups, factors, strict=True)]
-    downs = [adapter.slots["down"].flatten(1).to(weight) for adapter in adapters]
-    product = torch.mm(torch.cat(ups, 1), torch.cat(downs), out=out)
-    return torch.add(weight, product, alpha=1.0 if common is None else common, out=out)
+    ups = [_up(adapter) for adapter in adapters]
+    downs = [adapter.slots["down"].flatten(1) for adapter in adapters]
+
+    def added(weight: Tensor) -> Tensor:
+        wide = [up.to(weight) for up in ups]
+        if common is None:
+            wide = [up * factor for up, factor in zip(wide, factors, strict=True)]
+        product = torch.mm(torch.cat(wide, 1), torch.cat([down.to(weight) for down in downs]), out=out)
+        return torch.add(weight, product, alpha=1.0 if common is None else common, out=out)
+
+    return added
 
 
 def parts_of(adapters: Sequence[LayerAdapter], layer: nn.Module) -> list[Part]:
