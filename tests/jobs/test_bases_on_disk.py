@@ -272,6 +272,17 @@ def test_a_whole_fine_tune_says_what_is_lost(tmp_path):
     )
 
 
+def test_norms_and_biases_alone(tmp_path):
+    folder = tuned(tmp_path, lambda key, tensor: tensor + 0.1 if tensor.dim() == 1 else tensor)
+    with pytest.raises(ConfigError, match="did change, --exact keeps norms and biases"):
+        vislora.extract(folder, tiny.saved("sd"), tmp_path / "x.safetensors", rank=2)
+    report = vislora.extract(folder, tiny.saved("sd"), tmp_path / "x.safetensors", rank=2, precision="fp32", exact=True)
+    assert len(report.whole) == sum(tensor.dim() == 1 for tensor in weights(folder, "unet").values())
+    assert report.verdict.startswith(f"{len(report.whole)} norms and biases whole; proven")
+    norm = formats.load(tmp_path / "x.safetensors").find("conv_norm_out")
+    assert (norm.direction() - 0.1).abs().max() < 1e-6
+
+
 def test_models_that_do_not_belong_together(tmp_path):
     with pytest.raises(ConfigError, match="nothing to extract"):
         vislora.extract(tiny.saved("sd"), tiny.saved("sd"), tmp_path / "x.safetensors", rank=2)

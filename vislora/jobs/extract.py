@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vislora.algebra.extract import Extracted, extract_layer, whole_layer
-from vislora.algebra.low_rank import Limits
+from vislora.algebra.low_rank import Limits, relative
 from vislora.algebra.to_lora import parts_of_whole
 from vislora.config.extract import ExtractConfig
 from vislora.errors import AdapterMismatchError, ConfigError, listed, nearest
@@ -31,27 +31,38 @@ from vislora.records import Done, Note, Progress, Record, result
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """How an extraction went. error: of all layers together; left: changed tensors that are not in the adapter."""
+    """How an extraction went. error: of all layers together; whole: changed tensors that are kept whole.
+
+    left: those that are not in the adapter.
+    """
 
     destination: Path
     family: str | None
     error: float
     layers: tuple[Extracted, ...]
+    whole: tuple[str, ...]
     left: tuple[str, ...]
 
     @property
     def verdict(self) -> str:
         """Return the outcome in one line."""
+        parts = [self._layers] if self.layers else []
+        if self.whole:
+            parts.append(f"{len(self.whole)} norms and biases whole")
+        if self.left:
+            parts.append(f"{len(self.left)} changed norms, biases or embeddings left out (--exact)")
+        return f"{', '.join(parts)}; proven: {self.destination}"
+
+    @property
+    def _layers(self) -> str:
         ranks = sorted({layer.rank for layer in self.layers})
         shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        left = f", {len(self.left)} changed norms, biases or embeddings left out (--exact)" if self.left else ""
-        text = f"{len(self.layers)} layers of rank {shown}, relative residual {self.error:.3g}{left}"
-        return f"{text}; proven: {self.destination}"
+        return f"{len(self.layers)} layers of rank {shown}, relative residual {self.error:.3g}"
 
     def as_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
         rows = [{**asdict(layer), "error": layer.error} for layer in self.layers]
-        fields = {"family": self.family, "error": self.error, "left": list(self.left)}
+        fields = {"family": self.family, "error": self.error, "whole": list(self.whole), "left": list(self.left)}
         return {"destination": str(self.destination), **fields, "layers": rows}
 
 
@@ -70,25 +81,27 @@ def run(config: ExtractConfig) -> Iterator[Record]:
     check_destination(config.output, config.to, config.overwrite)
     tuned, base = open_checkpoint(config.tuned), open_checkpoint(config.base)
     pairs = _paired(tuned, base, _components(config, tuned))
-    made = _Made([], [], [])
+    made = _Made([], [], [], [])
     with ExitStack() as stack:
         readers = {file: mapped(file, stack) for file in {place.file for pair in pairs.values() for place in pair}}
         for done, (layer, pair) in enumerate(pairs.items(), 1):
-            change, relative = _change(*(_read(readers, place) for place in pair))
-            if relative > config.least:
+            change, share = _change(*(_read(readers, place) for place in pair))
+            if share > config.least:
                 _take(made, layer, change, config, tuned)
             if done % 20 == 0 or done == len(pairs):
                 yield Progress("extracting", done, len(pairs))
     modules, layers, left = made.modules, made.layers, made.left
-    if not layers:
-        raise ConfigError(f"{config.tuned} and {config.base} differ in no layer: there is nothing to extract")
+    if not modules:
+        hint = f" (of {len(left)} norms, biases or embeddings that did change, --exact keeps norms and biases)"
+        reason = f"differ in no layer: there is nothing to extract{hint if left else ''}"
+        raise ConfigError(f"{config.tuned} and {config.base} {reason}")
     adapter = AdapterFile(modules=_joined(modules), family=tuned.family, metadata=_metadata(config))
     save_proven(adapter, config.output, config.to, 1e-6)
     yield from map(Note, worst(layers))
     if left:
         yield Note(f"{len(left)} changed norms, biases or embeddings are left out (first: {left[0]})", "warning")
-    error = math.hypot(*(item.apart for item in layers)) / math.hypot(*(item.norm for item in layers))
-    report = ExtractReport(config.output, tuned.family, error, tuple(layers), tuple(left))
+    error = relative(math.hypot(*(item.apart for item in layers)), math.hypot(*(item.norm for item in layers)))
+    report = ExtractReport(config.output, tuned.family, error, tuple(layers), tuple(made.whole), tuple(left))
     if config.report is not None:
         write_text(config.report, json.dumps(report.as_json(), indent=2) + "\n")
     yield Done(report, report.verdict)
@@ -96,10 +109,11 @@ def run(config: ExtractConfig) -> Iterator[Record]:
 
 @dataclass
 class _Made:
-    """What was made so far. left: changed tensors that the adapter does not have."""
+    """What was made so far. whole, left: changed tensors that the adapter has as they are, and that it has not."""
 
     modules: list[AdapterModule]
     layers: list[Extracted]
+    whole: list[str]
     left: list[str]
 
 
@@ -113,6 +127,7 @@ def _take(made: _Made, layer: Layer, change: Tensor, config: ExtractConfig, tune
         made.layers.append(told)
     elif config.exact and not _is_embedding(name):
         made.modules += _at_paths(whole_layer(component, name, slot, change, dtype), tuned)
+        made.whole.append(f"{component}: {name}.{slot}")
     else:
         made.left.append(f"{component}: {name}.{slot}")
 
