@@ -132,4 +132,4 @@ def test_names_that_are_not_there_are_told_with_the_nearest():
     with pytest.raises(ConfigError) as caught:
         Strength(components={"te:clip": 1}, layers={"midblock": 2}).require_known("a", known)
     assert "'a': no component 'te:clip' (did you mean 'te:clip_l'?)" in str(caught.value)
-    assert "'a': pattern 'midblock' matches no layer and no block; near misses: " in str(caught.value)
+    assert "'a': pattern 'midblock' matches no layer and no block; near misses: mid_block" in str(caught.value)

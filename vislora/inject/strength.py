@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -104,7 +104,8 @@ class Strength:
         paths = [path for found in components.values() for path in found] if self.layers else []
         for pattern in self.layers:
             if not any(covers(pattern, path) for path in paths):
-                near = ", ".join(near_misses(pattern, paths)) or "none"
+                blocks = [block for path in paths for block in with_blocks(path)]
+                near = ", ".join(near_misses(pattern, blocks)) or "none"
                 problems.append(f"'{name}': pattern '{pattern}' matches no layer and no block; near misses: {near}")
         if problems:
             raise ConfigError(problems)
@@ -119,10 +120,14 @@ class Strength:
 
 def covers(pattern: str, path: str) -> bool:
     """Say whether `pattern` fits the layer at `path`, or a block that it is in."""
-    if matches(pattern, path):
-        return True
+    return any(matches(pattern, block) for block in with_blocks(path))
+
+
+def with_blocks(path: str) -> Iterator[str]:
+    """Yield `path`, then the blocks that it is in, from inside to outside."""
     parts = path.split(".")
-    return any(matches(pattern, ".".join(parts[:count])) for count in range(len(parts) - 1, 0, -1))
+    for count in range(len(parts), 0, -1):
+        yield ".".join(parts[:count])
 
 
 def strength_in_range(name: str, strength: Any) -> float:
