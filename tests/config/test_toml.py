@@ -43,6 +43,11 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
+def test_a_word_that_is_none_of_the_known_ones_is_told_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"init: .*\(got 'kaimin'\) \(did you mean 'kaiming'\?\)"):
+        AdapterConfig.of({"init": "kaimin"})
+
+
 @pytest.mark.parametrize(
     "config",
     [

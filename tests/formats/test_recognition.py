@@ -80,6 +80,7 @@ PLACES = {
     "those of SD": ({"up_blocks.2.resnets.2.conv1": 960}, "sd"),
     "the refiner": ({"down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": 768}, "sdxl-refiner"),
     "its resnets": ({"mid_block.resnets.0.conv1": 1536}, "sdxl-refiner"),
+    "a conv of 128 whose LoHa does not tell the kernel": ({"mid_block.resnets.0.conv1": 9 * 128}, "sd"),
     "SD 3's width": ({"transformer_blocks.0.attn.to_q": 1536}, "sd3"),
     "SD 3.5's width": ({"transformer_blocks.0.attn.add_k_proj": 2432}, "sd3"),
     "no width": ({"transformer_blocks.0.attn.to_q": None}, None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -102,6 +103,8 @@ def _problems(cls: type[Section], error: ValidationError, partial: bool = False)
             message = item["msg"].removeprefix("Value error, ")
             got = item["input"]
             shown = f" (got {got!r})" if isinstance(got, (str, int, float, bool)) and loc else ""
+            if item["type"] == "literal_error" and isinstance(got, str):
+                shown += nearest(got, re.findall("'([^']+)'", message))
             yield f"{path}: {message}{shown}"
 
 
