@@ -1,7 +1,7 @@
 """Train the embedded base from nothing but the pictures of make_base_data.py, on a GPU or on CPU cores.
 
     python train_scripts/make_base_data.py --out base-data.npz
-    python train_scripts/train_base.py --data base-data.npz --out runs/base --images 2000000
+    python train_scripts/train_base.py --data base-data.npz --out runs/base
 
 First the vocabulary, then the VAE, then its decoder alone, then denoiser and text encoder together. What is finished is
 kept in OUT, so the same command goes on where it was stopped. `OUT/base` is the diffusers folder; it is written while
@@ -168,9 +168,9 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=Path("base-data.npz"), help="the file of make_base_data.py")
     parser.add_argument("--out", type=Path, default=Path("runs/base"), help="folder of the run")
     parser.add_argument("--layout", choices=LAYOUTS, default="sd", help="Stable Diffusion 1's UNet or 3's transformer")
-    parser.add_argument("--images", type=int, default=700_000, help="how many denoiser and text encoder see")
-    parser.add_argument("--vae-images", type=int, default=100_000, help="how many crops the VAE sees")
-    parser.add_argument("--decoder-images", type=int, default=60_000, help="how many more its decoder sees, whole")
+    parser.add_argument("--images", type=int, default=520_000, help="how many denoiser and text encoder see")
+    parser.add_argument("--vae-images", type=int, default=160_000, help="how many crops the VAE sees")
+    parser.add_argument("--decoder-images", type=int, default=80_000, help="how many more its decoder sees, whole")
     parser.add_argument("--vae-from", type=Path, help="folder of a base whose VAE is trained on, not a fresh one")
     parser.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="`no` for a CPU without bfloat16")
     parser.add_argument(
