@@ -101,6 +101,19 @@ def test_subjects_that_look_alike_are_thinned_out():
     assert sorted(style for _, style in pairs) == ["x", "x", "y", "y"]
 
 
+def test_the_vocabulary_is_the_same_every_time(tmp_path):
+    from base.parts import WORD_END, train_tokenizer
+
+    texts = [*pictures().texts(), "a red apple", "an alarm clock", "a crying cat", "a Japanese dolls' pine decoration"]
+    for number in range(8):
+        train_tokenizer(texts, tmp_path / str(number))
+    made = {(tmp_path / str(number) / "merges.txt").read_text(encoding="utf-8") for number in range(8)}
+    assert len(made) == 1
+    lines = made.pop().splitlines()[1:]
+    assert f"f ox{WORD_END}" in lines or f"fo x{WORD_END}" in lines
+    assert all(line.count(" ") == 1 and line.isascii() for line in lines)
+
+
 def tokenizer(folder, length):
     from base.parts import read_tokenizer, train_tokenizer
 

@@ -137,15 +137,16 @@ def run(place: Place, images: Counts, chosen: argparse.Namespace) -> None:
     """Train all parts."""
     accelerator = Accelerator(mixed_precision=chosen.precision)
     torch.set_float32_matmul_precision("high")
-    set_seed(0)
     at_once = BATCHES.get(accelerator.device.type, BATCHES["cpu"])
     pictures = Pictures.read(chosen.data)
     make_tokenizer(place, pictures)
     layout = LAYOUTS[chosen.layout]
     trained, tokenizer = pictures.trained(), read_tokenizer(place.tokenizer, layout.length)
     budget = Budget(images.vae // at_once.vae, place.log, "vae")
+    set_seed(0)  # once for each part: a run that stopped between two of them goes on as one that did not
     vae = settled_vae(place, trained, accelerator, budget, at_once.vae, chosen.vae_from)
     pixels = trained.pixels.to(accelerator.device)
+    set_seed(0)
     moments = encode(vae, pixels)
     if not place.decoder.exists():
         budget = Budget(images.decoder // at_once.decoder, place.log, "decoder")
@@ -153,6 +154,7 @@ def run(place: Place, images: Counts, chosen: argparse.Namespace) -> None:
         keep(vae, place.decoder)
     vae.load_state_dict(load_file(place.decoder))
     examples = Examples(moments, trained, tokenizer, vae.config.scaling_factor, layout.texts)
+    set_seed(0)
     compiled = accelerator.device.type == "cuda" if chosen.compile is None else chosen.compile
     training = Training(layout, layout.model(tokenizer), accelerator, place.folder / "state.pt", compiled)
     budget = Budget(images.denoiser // at_once.denoiser, place.log, "denoiser", *training.resume())

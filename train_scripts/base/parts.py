@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import CLIPTokenizer, PreTrainedModel
 
 SIZE, FACTOR = 64, 4
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
+PRIVATE = 0xE000
+"""The first of Unicode's signs for private use."""
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 DEFAULTS = {
     "resolution": SIZE,
@@ -29,18 +31,22 @@ DEFAULTS = {
 
 
 def train_tokenizer(texts: list[str], folder: Path, size: int = 4096) -> None:
-    """Train CLIP's byte-pair encoding on `texts` and write vocab.json and merges.txt."""
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix=WORD_END, continuing_subword_prefix="", unk_token=END))
-    tokenizer.normalizer = normalizers.Lowercase()
+    """Train CLIP's byte-pair encoding on `texts` and write vocab.json and merges.txt, the same ones every time.
+
+    While it trains, a letter that ends a word is one sign by itself: the trainer numbers its own ends of words in
+    another order each time, and by that number it chooses between pairs that are equally frequent.
+    """
     words = pre_tokenizers.Split(_regex(CLIP_WORDS), behavior="removed", invert=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    cut = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, end_of_word_suffix=WORD_END, initial_alphabet=letters, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    model = json.loads(tokenizer.to_str())["model"]
-    _write_vocabulary(letters, [tuple(merge) for merge in model["merges"]], folder)
+    ends = {letter: chr(PRIVATE + number) for number, letter in enumerate(letters)}
+    back = {ord(sign): letter + WORD_END for letter, sign in ends.items()}
+    signed = [word[:-1] + ends[word[-1]] for text in texts for word, _ in cut.pre_tokenize_str(text.lower())]
+    tokenizer = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=[*letters, *ends.values()], show_progress=False)
+    tokenizer.train_from_iterator(signed, trainer)
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    _write_vocabulary(letters, [(one.translate(back), two.translate(back)) for one, two in merges], folder)
 
 
 def _regex(pattern: str) -> Any:
