@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -177,3 +178,32 @@ def test_a_training_that_was_killed_goes_on_as_if_it_had_not_been(name, tmp_path
         run(tmp_path / "twice", 2)
     twice = run(tmp_path / "twice", None)
     assert all(torch.equal(once[key], twice[key]) for key in once)
+
+
+def test_what_compiles_to_other_gradients_is_not_used(tmp_path, monkeypatch):
+    from base.denoiser import Examples, Training
+    from train_base import LAYOUTS
+
+    layout = LAYOUTS["sd"]
+    words = tokenizer(tmp_path, layout.length)
+    moments = torch.cat([torch.randn(6, 4, 16, 16), torch.full((6, 4, 16, 16), -9.0)], 1)
+    examples = Examples(moments, pictures(), words, 1.0)
+    training = Training(layout, layout.model(words), Accelerator(cpu=True), tmp_path / "state.pt")
+    before = [parameter.clone() for parameter in training.model.parameters()]
+    random = torch.get_rng_state()
+
+    def compiled(how):
+        monkeypatch.setattr(torch, "compile", lambda model: how)
+        return training.compile(examples, 2)
+
+    def no_compiler(noisy, t, ids):
+        raise RuntimeError("no C++ compiler")
+
+    blind = lambda noisy, t, ids: training.model(noisy, t, torch.zeros_like(ids))  # noqa: E731
+    assert compiled(blind).endswith(" is another one")
+    assert training.run is training.model
+    assert compiled(no_compiler) == "cannot be compiled: no C++ compiler"
+    assert compiled(right := partial(training.model)) == ""
+    assert training.run is right
+    assert all(torch.equal(old, new) for old, new in zip(before, training.model.parameters(), strict=True))
+    assert torch.equal(torch.get_rng_state(), random)

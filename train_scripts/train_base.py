@@ -155,10 +155,12 @@ def run(place: Place, images: Counts, chosen: argparse.Namespace) -> None:
     vae.load_state_dict(load_file(place.decoder))
     examples = Examples(moments, trained, tokenizer, vae.config.scaling_factor, layout.texts)
     set_seed(0)
-    compiled = accelerator.device.type == "cuda" if chosen.compile is None else chosen.compile
-    training = Training(layout, layout.model(tokenizer), accelerator, place.folder / "state.pt", compiled)
+    training = Training(layout, layout.model(tokenizer), accelerator, place.folder / "state.pt")
     budget = Budget(images.denoiser // at_once.denoiser, place.log, "denoiser", *training.resume())
     print(f"{len(moments)} pictures, {at_once.denoiser} at once, on {accelerator.device}", flush=True)
+    if accelerator.device.type == "cuda" if chosen.compile is None else chosen.compile:
+        reason = training.compile(examples, at_once.denoiser)
+        print(f"not compiled: {reason}" if reason else "compiled; its gradients are those of the model", flush=True)
     shown = partial(export, place, layout, vae, sorted(set(trained.styles)))
     train_denoiser(training, examples, budget, at_once.denoiser, shown)
     print(f"{budget.step} steps, {budget.images} images seen in this run: {place.folder / 'base'}", flush=True)
@@ -179,7 +181,7 @@ def main() -> int:
         "--compile",
         action=argparse.BooleanOptionalAction,
         help="compile the denoiser, which takes minutes at the start (two CPU cores then train the DiT in 0.6 of the "
-        "time). Default: on a GPU alone",
+        "time), unless its gradients are then other ones, which is so for the UNet on a CPU. Default: on a GPU alone",
     )
     chosen = parser.parse_args()
     if not chosen.data.exists():

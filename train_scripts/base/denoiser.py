@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from base.layout import Layout
+from base.layout import Layout, Noised
 from base.pictures import Pictures, draw_forms
 from base.progress import Budget
 from base.vae import sampled
@@ -65,32 +66,56 @@ class Examples:
 
 
 class Training:
-    """The model, its average and optimizer; `save` and `resume` keep all of it in one file.
+    """The model, its average and optimizer; `save` and `resume` keep all of it in one file."""
 
-    `compiled`: whether torch compiles the model, which takes minutes, and is as it was where there is no C++ compiler.
-    """
-
-    def __init__(
-        self, layout: Layout, model: nn.Module, accelerator: Accelerator, state: Path, compiled: bool = False
-    ) -> None:
+    def __init__(self, layout: Layout, model: nn.Module, accelerator: Accelerator, state: Path) -> None:
         model.to(accelerator.device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = Average(model)  # before `prepare`, which puts a forward of its own into the model
         optimizer = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         self.layout, self.accelerator, self._state = layout, accelerator, state
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
-        self.run = torch.compile(self.model) if compiled else self.model
+        self.run = self.model
+
+    def compile(self, examples: Examples, batch: int) -> str:
+        """Have torch compile the model, which takes minutes; return why it is left as it was, if it is.
+
+        That is where there is no C++ compiler, and where the gradients of what was compiled are wrong: torch 2.13 loses
+        those of all that is before an upsampler, in bfloat16 on a CPU, and says nothing.
+        """
+        fast = torch.compile(self.model)
+        with torch.random.fork_rng(), _moved(self.model):
+            latents, ids = examples.draw(batch)
+            noised = self.layout.noised(latents)
+            try:
+                plain, made = (self._gradients(run, noised, ids) for run in (self.model, fast))
+            except RuntimeError as error:
+                return f"cannot be compiled: {str(error).splitlines()[0]}"
+        whole = torch.stack([gradient.norm() for gradient in plain.values()]).norm()
+        for name, gradient in plain.items():
+            if (made[name] - gradient).norm() > 0.5 * gradient.norm() and gradient.norm() > 1e-3 * whole:
+                return f"compiled, the gradient of {name} is another one"
+        self.run = fast
+        return ""
+
+    def _gradients(self, run: Callable[..., Tensor], noised: Noised, ids: list[Tensor]) -> dict[str, Tensor]:
+        self.accelerator.backward(self._loss(run, noised, ids))
+        named = self.accelerator.unwrap_model(self.model).named_parameters()
+        found = {name: torch.zeros_like(each) if each.grad is None else each.grad for name, each in named}
+        self.optimizer.zero_grad()
+        return found
+
+    def _loss(self, run: Callable[..., Tensor], noised: Noised, ids: list[Tensor]) -> Tensor:
+        with self.accelerator.autocast():
+            predicted = run(noised.latents, noised.t, *ids)
+        return ((predicted.float() - noised.target).square().mean(dim=(1, 2, 3)) * noised.weight).mean()
 
     def step(self, examples: Examples, batch: int, factor: float) -> Tensor:
         """Do one step and return the loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = RATE * factor
         latents, ids = examples.draw(batch)
-        noisy, t, target, weight = self.layout.noised(latents)
-        with self.accelerator.autocast():
-            predicted = self.run(noisy, t, *ids)
-        loss = ((predicted.float() - target).square().mean(dim=(1, 2, 3)) * weight).mean()
+        loss = self._loss(self.run, self.layout.noised(latents), ids)
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
@@ -120,6 +145,21 @@ class Training:
         self.average.count = state["count"]
         torch.set_rng_state(state["random"].cpu())
         return state["spent"], state["step"]
+
+
+@contextmanager
+def _moved(model: nn.Module) -> Iterator[None]:
+    """Have noise on the parameters meanwhile: in a fresh model zeros keep the gradient from most of them."""
+    parameters: list[Tensor] = list(model.parameters())
+    kept = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, kept)
 
 
 def train_denoiser(
