@@ -55,6 +55,17 @@ def randomise(adapters: AdapterSet, seed: int = 0) -> AdapterSet:
     return adapters
 
 
+def as_dora(adapters: AdapterSet, seed: int = 0) -> AdapterSet:
+    """Give a fresh adapter with magnitudes an effect: they stay near the norms of the weights."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for slot in adapters.slots():
+            slot.copy_(0.2 * torch.randn(slot.shape, generator=generator))
+        for magnitude in adapters.magnitudes():
+            magnitude.mul_(1.0 + 0.2 * torch.rand(magnitude.shape, generator=generator))
+    return adapters
+
+
 @dataclass(frozen=True)
 class Picture:
     """Everything of a model that an ejected adapter must leave as it was."""

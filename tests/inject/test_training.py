@@ -66,7 +66,7 @@ def test_a_seed_fixes_the_draw_whatever_was_drawn_before():
 
 def test_slots_are_detached_copies():
     adapters = training(tiny.model("cnn"), "cnn")
-    for path, trained, slots in adapters.modules_with_slots():
+    for path, trained, slots, _ in adapters.modules_with_slots():
         assert trained == adapters.trained[path]
         for name, slot in slots.items():
             own = dict(adapters.named_parameters())[f"{path}:{name}"]
@@ -233,9 +233,9 @@ def test_accelerate_prepares_the_adapters_themselves():
     accelerator = Accelerator(cpu=True)
     prepared, optimizer = accelerator.prepare(adapters, torch.optim.SGD(adapters.parameters(), lr=1.0))
     accelerator.backward(tiny.output(model, "clip").square().mean())
-    before = {path: slots for path, _, slots in adapters.modules_with_slots()}
+    before = {path: slots for path, _, slots, _ in adapters.modules_with_slots()}
     optimizer.step()
-    after = {path: slots for path, _, slots in accelerator.unwrap_model(prepared).modules_with_slots()}
+    after = {path: slots for path, _, slots, _ in accelerator.unwrap_model(prepared).modules_with_slots()}
     assert any(not torch.equal(before[path]["up"], after[path]["up"]) for path in before)
     # while the up projections are zero, no gradient reaches the down projections
     assert all(torch.equal(before[path]["down"], after[path]["down"]) for path in before)

@@ -221,7 +221,7 @@ def test_a_bare_model_of_transformers(name, format, tmp_path):
     component = "te:clip_l" if name == "clip" else "denoiser"
     modules = [
         AdapterModule(component=component, path=canonical(path), algo=meta.algorithm, tensors=slots, alpha=meta.alpha)
-        for path, meta, slots in trained.modules_with_slots()
+        for path, meta, slots, _ in trained.modules_with_slots()
     ]
     eject_from(model, "x")
     assert same(model.state_dict(), before)

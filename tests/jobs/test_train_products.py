@@ -1,6 +1,8 @@
-"""Training LoHa and LoKr: the effect in training is that of the file, and what no file can hold is refused at once."""
+"""Training LoHa, LoKr and DoRA: what was trained is in the file, and what no file can hold is refused at once."""
 
 from __future__ import annotations
+
+import shutil
 
 import pytest
 import torch
@@ -25,6 +27,27 @@ def test_a_trained_adapter_is_in_its_file(kind, tmp_path):
     for item in read.modules:
         weight = unet.get_submodule(item.path).weight
         assert read.delta(item, weight).shape == weight.shape
+
+
+@pytest.mark.parametrize(("family", "form"), [("sd", "kohya"), ("sd3", "kohya"), ("sd", "peft")])
+def test_a_trained_dora_is_in_its_file_with_exact_magnitudes(family, form, tmp_path):
+    value, _ = trained(tmp_path, family, adapter__dora=True, format=form, save_precision="bf16", loop__steps=2)
+    read = formats.load(value.path)
+    assert all(item.magnitude is not None and item.magnitude_axis == "out" for item in read.modules)
+    assert {item.magnitude.dtype for item in read.modules} == {torch.float32}
+    assert {tensor.dtype for item in read.modules for tensor in item.tensors.values()} == {torch.bfloat16}
+    if form == "kohya":
+        assert read.metadata["ss_network_module"] == "lycoris.kohya"
+        assert '"dora_wd": "True"' in read.metadata["ss_network_args"]
+
+
+def test_a_run_with_dora_goes_on_to_the_same_bits(tmp_path):
+    whole, _ = trained(tmp_path, output=tmp_path / "whole", name="x", adapter__dora=True)
+    trained(tmp_path, name="x", adapter__dora=True, loop__save_every=2)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000004")
+    again, _ = trained(tmp_path, name="x", adapter__dora=True, loop__save_every=2, resume=True)
+    read = [formats.load(path).modules for path in (whole.path, again.path)]
+    assert all(torch.equal(a.magnitude, b.magnitude) for a, b in zip(*read, strict=True))
 
 
 @pytest.mark.parametrize(

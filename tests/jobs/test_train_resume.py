@@ -203,6 +203,21 @@ def test_other_settings_are_refused_by_name(tmp_path):
     assert len(message.splitlines()) == 3
 
 
+def test_a_setting_that_the_checkpoint_does_not_know_yet_had_its_default(tmp_path):
+    stopped(config(tmp_path), after=2)
+    (checkpoint,) = checkpoints.checkpoints(tmp_path / "run" / "checkpoints")
+    saved = checkpoint / "state.json"
+    state = json.loads(saved.read_text())
+    settings = next(value for key, value in state["__dict__"] if key == "settings")["__dict__"]
+    assert settings.count(["adapter.dora", False]) == 1
+    settings.remove(["adapter.dora", False])
+    saved.write_text(json.dumps(state))
+    with pytest.raises(ConfigError, match=r"adapter\.dora: False in the checkpoint, True now"):
+        trained(tmp_path, resume=True, adapter__dora=True)
+    value, _ = trained(tmp_path, resume=True)
+    assert (value.step, value.finished) == (4, True)
+
+
 def test_other_images_are_refused_by_name(tmp_path):
     stopped(config(tmp_path), after=2)
     folder = tmp_path / "images"

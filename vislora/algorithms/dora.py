@@ -1,6 +1,7 @@
 """DoRA: a magnitude on top of any algorithm, W' = m * (W + dW) / ||W + dW|| (Liu et al., arXiv 2402.09353, eq. 5).
 
 Norm and magnitude are per output (the paper, PEFT, LyCORIS' `wd_on_output`) or per input (LyCORIS' old default).
+Fresh ones are per output.
 """
 
 from __future__ import annotations
@@ -19,8 +20,17 @@ def decomposed(base: Tensor, delta: Tensor, magnitude: Tensor, axis: Axis) -> Te
     base, delta: (out, in, *kernel). magnitude: out or in numbers, of any shape.
     """
     moved = base + delta
+    return ratio(magnitude, norms(moved, axis)) * moved - base
+
+
+def norms(weight: Tensor, axis: Axis = "out") -> Tensor:
+    """Return the norm of what belongs to each output (or input), of one number where `weight` has all the rest."""
     kept = 0 if axis == "out" else 1
-    others = [index for index in range(moved.dim()) if index != kept]
-    norm = torch.linalg.vector_norm(moved, dim=others, keepdim=True)
+    others = [index for index in range(weight.dim()) if index != kept]
+    return torch.linalg.vector_norm(weight, dim=others, keepdim=True)
+
+
+def ratio(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """Return what W + dW is multiplied by, in the shape of `norm`: exactly 1 where they are equal."""
     # a row of zeros has no direction: it stays zero
-    return magnitude.reshape(norm.shape) * moved / norm.masked_fill(norm == 0.0, 1.0) - base
+    return magnitude.reshape(norm.shape) / norm.masked_fill(norm == 0.0, 1.0)

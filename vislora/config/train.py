@@ -38,6 +38,8 @@ class AdapterConfig(Section):
     """The effect is scaled by alpha / rank. Default: alpha = rank, a scale of 1."""
     algorithm: Algorithm = "lora"
     """Adapter algorithm."""
+    dora: bool = False
+    """Train a magnitude per output too, beside the direction (DoRA): steps take longer, a low rank may do better."""
     rank_stabilized: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
     tucker: bool = False
@@ -142,7 +144,7 @@ class TrainConfig(Section):
     format: str = "kohya"
     """File format of the adapter: kohya, diffusers, peft."""
     save_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Precision of the tensors in the adapter file; alpha stays exact."""
+    """Precision of the tensors in the adapter file; alpha and DoRA's magnitudes stay exact."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of every random draw: the same command gives the same adapter on the same machine."""
     resume: bool = False

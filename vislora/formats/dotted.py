@@ -34,9 +34,17 @@ def at_denoiser(named: Named, metadata: Mapping[str, str], components: Collectio
 def at_denoiser_or_as_named(
     named: Named, metadata: Mapping[str, str], components: Collection[str] = ()
 ) -> list[ParsedModule]:
-    """Do as `at_denoiser`, but take a name that no family knows for a path: such files are made for any model."""
+    """Do as `at_denoiser`, but take a name that no family knows for a path: such files are made for any model.
+
+    Where the family knows fewer than half of the names, it shares them by chance: all are taken as they stand.
+    """
+    known = _leads(named, metadata, components)
+    if 2 * sum(map(bool, known)) < len(known):
+        known = [()] * len(known)
+        for module, _ in named:
+            module.family = None
     found: list[ParsedModule] = []
-    for (module, name), leads in zip(named, _leads(named, metadata, components), strict=True):
+    for (module, name), leads in zip(named, known, strict=True):
         found += parts(module, leads or [Found(name, name)])
     return found
 

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vislora.algorithms.base import Algorithm, Init, InitOptions, LayerSpec, Rule, fits
-from vislora.algorithms.dora import Axis
+from vislora.algorithms.base import Algorithm, Init, InitOptions, LayerSpec, Rule, fits, require_kind
+from vislora.algorithms.dora import Axis, norms
 from vislora.errors import AdapterFileError, AdapterMismatchError, ConfigError, listed
 from vislora.inject.moment import Moment
 from vislora.inject.parts import Dropout, LayerAdapter, takes_lora
 from vislora.inject.stack import Stack, existing_stack, settle, stack_of
 from vislora.inject.targets import PRESETS, Target, matches, unwrapped
 from vislora.registry import ALGORITHMS
+
+MAGNITUDE = "magnitude"
+"""What DoRA's is called among the slots of a fresh layer."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Trained:
 class AdapterSet(nn.Module):
     """The one home of an adapter's parameters while it trains: outside the base, whose `state_dict` stays as it was.
 
-    A parameter is called `path/with/slashes:slot`. `train()` turns the dropouts on, `eval()` off.
+    A parameter is called `path/with/slashes:slot`, DoRA's `path/with/slashes:magnitude`. `train()` turns the dropouts
+    on, `eval()` off.
     """
 
     def __init__(self, layers: Mapping[str, LayerAdapter], trained: Mapping[str, Trained]) -> None:
@@ -40,7 +44,8 @@ class AdapterSet(nn.Module):
         self._layers = dict(layers)
         self.trained = dict(trained)
         for path, layer in self._layers.items():
-            for slot, tensor in layer.slots.items():
+            own = layer.slots if layer.magnitude is None else {**layer.slots, MAGNITUDE: layer.magnitude}
+            for slot, tensor in own.items():
                 self.register_parameter(f"{path.replace('.', '/')}:{slot}", tensor)  # type: ignore[arg-type]
         self.train(True)
 
@@ -61,21 +66,34 @@ class AdapterSet(nn.Module):
             for layer in self._layers.values():
                 layer.strengths = (1.0,)
 
-    def modules_with_slots(self) -> Iterator[tuple[str, Trained, dict[str, Tensor]]]:
-        """Yield (path, what the file needs, slots as detached CPU copies) per layer."""
+    def slots(self) -> list[nn.Parameter]:
+        """Return all parameters but the magnitudes."""
+        return [item for name, item in self.named_parameters() if not name.endswith(f":{MAGNITUDE}")]
+
+    def magnitudes(self) -> list[nn.Parameter]:
+        """Return DoRA's magnitudes: zero is not where they have no effect, so weight decay is not for them."""
+        return [item for name, item in self.named_parameters() if name.endswith(f":{MAGNITUDE}")]
+
+    def modules_with_slots(self) -> Iterator[tuple[str, Trained, dict[str, Tensor], Tensor | None]]:
+        """Yield (path, what the file needs, slots, DoRA's magnitude) per layer, tensors as detached CPU copies."""
         for path, layer in self._layers.items():
             slots = {name: slot.detach().cpu().clone() for name, slot in layer.slots.items()}
-            yield path, self.trained[path], slots
+            magnitude = None if layer.magnitude is None else layer.magnitude.detach().cpu().clone()
+            yield path, self.trained[path], slots, magnitude
 
 
 @dataclass(frozen=True)
 class FreshOptions:
-    """How fresh layers are made. `seed` fixes the draw of every layer, whatever else the process drew before."""
+    """How fresh layers are made. `seed` fixes the draw of every layer, whatever else the process drew before.
+
+    dora: with a magnitude per output, which is that of the layer's weight at first.
+    """
 
     tucker: bool = False
     init: Init = "kaiming"
     rule: Rule = "alpha/r"
     dropout: Dropout = field(default_factory=Dropout)
+    dora: bool = False
     seed: int = 0
 
 
@@ -86,7 +104,8 @@ def inject_fresh(model: nn.Module, name: str, chosen: Mapping[str, Target], opti
         layers, trained = {}, {}
         for path, target in chosen.items():
             alpha = float(target.rank if target.alpha is None else target.alpha)
-            layers[path] = _fresh(stack.index.layers[path], target, alpha, options, generator)
+            layers[path] = fresh = _fresh(stack.index.layers[path], target, alpha, options, generator)
+            fresh.magnitude = _fresh_magnitude(stack.index.layers[path], path) if options.dora else None
             trained[path] = Trained(target.algorithm, alpha, options.rule)
         stack.add(name, layers, 1.0)
         stack.freeze(model, name)
@@ -217,6 +236,16 @@ def _fresh(
     drawn = algorithm.init(spec, InitOptions(target.rank, options.tucker, options.init, generator))
     slots: dict[str, Tensor] = {name: nn.Parameter(slot) for name, slot in drawn.items()}
     return LayerAdapter(algorithm, slots, algorithm.scale(slots, alpha, options.rule), dropout=options.dropout)
+
+
+def _fresh_magnitude(layer: nn.Module, path: str) -> nn.Parameter:
+    """Return the norms of the layer's weight. Raises `ConfigError` for a layer whose weight has none per output."""
+    spec = LayerSpec.of(layer)
+    assert spec is not None  # the index of the stack holds only such layers
+    require_kind("dora", spec, frozenset({"linear", "conv"}))
+    if not _readable(layer, spec):
+        raise ConfigError(f"dora: layer '{path}' is a {type(layer).__name__}, which does not keep its weight as it is")
+    return nn.Parameter(norms(layer.weight.detach().float()).flatten())  # type: ignore[operator]
 
 
 def _fitted(stack: Stack, modules: list[FileModule]) -> tuple[dict[str, LayerAdapter], list[str]]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vislora.algorithms.base import Algorithm, Conv, add_weight, by_second_axis
-from vislora.algorithms.dora import Axis, decomposed
+from vislora.algorithms.dora import Axis, decomposed, norms, ratio
 from vislora.algorithms.lora import CONV, PLAIN
 from vislora.inject.moment import Moment
 
@@ -110,16 +110,14 @@ class LayerAdapter:
         if self.magnitude is None:
             return self.algorithm.delta(slots, self.scale * strength, wide).reshape(base.shape)
         direction = self.algorithm.delta(slots, self.scale, wide).reshape(base.shape)
-        return strength * decomposed(wide, direction, self.magnitude.to(base.device, dtype), self.axis)
+        return strength * decomposed(wide, direction, self.magnitude.detach().to(base.device, dtype), self.axis)
 
     def _changed(self, x: Tensor, base_out: Tensor, strength: float, layer: nn.Module, rank_dropout: float) -> Tensor:
         out = self._added(x, base_out, strength, layer, rank_dropout) if self.slots else base_out
         if self.bias is None:
             return out
         self.bias = self.bias.to(out.device)
-        ones = [1] * (len(layer.kernel_size) if isinstance(layer, Conv) else out.dim() - 2)
-        shape = (-1, *ones) if by_second_axis(layer) else (-1,)
-        return out + (strength * self.bias).to(out.dtype).reshape(shape)
+        return out + _by_channel((strength * self.bias).to(out.dtype), out, layer)
 
     def _added(self, x: Tensor, base_out: Tensor, strength: float, layer: nn.Module, rank_dropout: float) -> Tensor:
         slots = self._slots_for(base_out)
@@ -134,8 +132,25 @@ class LayerAdapter:
     ) -> Tensor:
         if self.magnitude is None:
             return self.algorithm.forward(x, base_out, slots, self.scale * strength, layer, dropped)
+        if self.magnitude.requires_grad:
+            return self._decomposed(x, base_out, slots, strength, layer, dropped)
         change = LayerAdapter(self.algorithm, slots, self.scale, self.magnitude, self.axis, strengths=(strength,))
         return add_weight(x, base_out, change.delta(layer.weight).to(x.dtype), layer)  # type: ignore[arg-type]
+
+    def _decomposed(
+        self, x: Tensor, base_out: Tensor, slots: dict[str, Tensor], strength: float, layer: nn.Module, dropped: float
+    ) -> Tensor:
+        """Apply a DoRA per output that is trained: for the gradients its norm is a constant (section 4.3 there)."""
+        assert self.magnitude is not None
+        base: Tensor = layer.weight  # type: ignore[assignment]
+        with torch.no_grad():
+            wide = base.to(torch.promote_types(base.dtype, torch.float32))
+            norm = norms(wide + self.algorithm.delta(slots, self.scale, wide).reshape(wide.shape))
+        factor = ratio(self.magnitude.to(norm), norm)
+        bias: Tensor | None = layer.bias  # type: ignore[assignment]
+        plain = base_out if bias is None else base_out - _by_channel(bias.to(base_out.dtype), base_out, layer)
+        moved = self.algorithm.forward(x, plain, slots, self.scale, layer, dropped)
+        return base_out + strength * (_by_channel(factor, base_out, layer) * moved - plain)
 
     def _slots_for(self, out: Tensor) -> dict[str, Tensor]:
         """Return the slots on the device of `out`. Frozen slots follow the model for good; trained ones stay put."""
@@ -355,6 +370,12 @@ def _gives_fresh(layer: nn.Module) -> bool:
 def _factor(adapters: Sequence[LayerAdapter], widths: Sequence[int], out: Tensor, layer: nn.Module) -> Tensor:
     shares = [(adapter.name, adapter.strengths, width) for adapter, width in zip(adapters, widths, strict=True)]
     return adapters[0].moment.factor(shares, out, 1 if by_second_axis(layer) else -1, adapters[0].path)
+
+
+def _by_channel(numbers: Tensor, out: Tensor, layer: nn.Module) -> Tensor:
+    """Give one number per channel the shape that they need beside `out`, which `layer` gave."""
+    ones = [1] * (len(layer.kernel_size) if isinstance(layer, Conv) else out.dim() - 2)
+    return numbers.reshape((-1, *ones) if by_second_axis(layer) else (-1,))
 
 
 def _rank(adapter: LayerAdapter) -> int:

@@ -44,7 +44,10 @@ def adapter_file(adapters: Mapping[str, AdapterSet], plan: Plan, trained: Traine
 
 
 def modules_of(adapters: Mapping[str, AdapterSet], dtype: torch.dtype) -> list[AdapterModule]:
-    """Return the modules of each component as they are now, tensors copied, in `dtype`."""
+    """Return the modules of each component as they are now, tensors copied, in `dtype`.
+
+    DoRA's magnitudes stay float32: what rounds them is a change of the whole weight.
+    """
     return [
         AdapterModule(
             component=component,
@@ -54,9 +57,11 @@ def modules_of(adapters: Mapping[str, AdapterSet], dtype: torch.dtype) -> list[A
             tensors={slot: tensor.to(dtype) for slot, tensor in slots.items()},
             alpha=meta.alpha,
             rule=meta.rule,
+            magnitude=magnitude,
+            magnitude_axis=None if magnitude is None else "out",
         )
         for component, parameters in adapters.items()
-        for path, meta, slots in parameters.modules_with_slots()
+        for path, meta, slots, magnitude in parameters.modules_with_slots()
     ]
 
 
@@ -101,8 +106,9 @@ def _ss(plan: Plan, trained: Trained, name: str, step: int) -> dict[str, str]:
     per_epoch = max(1, len(trained.examples) * config.data.repeats)
     has_conv = adapter.preset in ("all", "every-layer")
     network_args = {"conv_dim": str(adapter.rank), "conv_alpha": str(alpha)} if has_conv else {}
-    plain = adapter.algorithm == "lora"
+    plain = adapter.algorithm == "lora" and not adapter.dora
     network_args |= {} if plain else {"algo": adapter.algorithm}
+    network_args |= {"dora_wd": "True", "wd_on_output": "True"} if adapter.dora else {}
     values: dict[str, Any] = {
         "output_name": name,
         "sd_model_name": config.base or "vislora embedded",

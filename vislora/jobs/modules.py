@@ -22,14 +22,15 @@ def adapt(
     alpha: float | None = None,
     *,
     algorithm: str = "lora",
+    dora: bool = False,
     name: str = "adapter",
     seed: int = 0,
 ) -> AdapterSet:
     """Freeze `model`, put a fresh adapter without effect on `layers`, and return what holds its parameters.
 
     `layers`: a preset (attention, attention-ff, all, every-layer) or patterns over the paths of its modules, such as
-    `blocks.*.mlp.*`. The effect is scaled by `alpha` / `rank`, default 1. Train the parameters that are returned with
-    any optimizer; `eject(model, name)` takes the adapter off.
+    `blocks.*.mlp.*`. The effect is scaled by `alpha` / `rank`, default 1. `dora`: with a magnitude
+    per output. Train the parameters that are returned with any optimizer; `eject(model, name)` takes the adapter off.
     Raises `ConfigError` for a pattern that matches no layer, an unknown algorithm, or a name in use.
     """
     if isinstance(layers, str) and layers in PRESETS:
@@ -38,7 +39,7 @@ def adapt(
         patterns = [layers] if isinstance(layers, str) else layers
         targets = [Target(pattern, rank, alpha, algorithm) for pattern in patterns]
         chosen = select(model, targets, "none", Target("", rank))
-    return inject_fresh(model, name, chosen, FreshOptions(seed=seed))
+    return inject_fresh(model, name, chosen, FreshOptions(dora=dora, seed=seed))
 
 
 def save_adapter(adapters: AdapterSet, folder: str | Path) -> None:

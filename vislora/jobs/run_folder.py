@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vislora.config.data import DataConfig
 from vislora.config.toml import dump
 from vislora.config.train import TrainConfig
 from vislora.errors import ConfigError, listed
@@ -79,8 +80,12 @@ def open_folder(config: TrainConfig) -> tuple[RunFolder, dict[str, Any] | None]:
 
 
 def require_same(config: TrainConfig, folder: RunFolder, state: dict[str, Any]) -> None:
-    """Raise `ConfigError` when a setting that a step depends on is not what it was at the checkpoint."""
-    _refuse(folder.checkpoints, "settings", _differences(state["settings"], settings_of(config)))
+    """Raise `ConfigError` when a setting that a step depends on is not what it was at the checkpoint.
+
+    One that there was not yet at the time had its default.
+    """
+    defaults = settings_of(TrainConfig(data=DataConfig(folder=config.data.folder)))
+    _refuse(folder.checkpoints, "settings", _differences({**defaults, **state["settings"]}, settings_of(config)))
 
 
 def require_same_contents(then: dict[str, str], now: dict[str, str], folder: RunFolder) -> None:

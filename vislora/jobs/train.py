@@ -265,6 +265,7 @@ def _fresh_options(config: TrainConfig) -> FreshOptions:
         init=adapter.init,
         rule="alpha/sqrt(r)" if adapter.rank_stabilized else "alpha/r",
         dropout=Dropout(adapter.dropout, adapter.rank_dropout, adapter.module_dropout),
+        dora=adapter.dora,
         seed=config.seed,
     )
 
@@ -311,8 +312,9 @@ def _assemble(
 ) -> Run:
     config = plan.config
     groups = [
-        ParameterGroup(parameters.parameters(), plan.learning_rate if name == "denoiser" else plan.text_learning_rate)
-        for name, parameters in adapters.items()
+        ParameterGroup(parameters, plan.learning_rate if name == "denoiser" else plan.text_learning_rate, decays)
+        for name, parts in adapters.items()
+        for decays, parameters in ((True, parts.slots()), (False, parts.magnitudes()))
     ]
     module = DenoisingLoss(family, adapters, _loss_options(config))
     optimizer = make_optimizer(config.optimizer.name, groups, config.optimizer.weight_decay)

@@ -22,22 +22,32 @@ _TORCH: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that share a peak learning rate."""
+    """Parameters that share a peak learning rate. `decays`: weight decay pulls them to zero."""
 
     parameters: Iterable[nn.Parameter]
     learning_rate: float
+    decays: bool = True
 
 
 def make_optimizer(name: str, groups: list[ParameterGroup], weight_decay: float) -> torch.optim.Optimizer:
-    """Return an optimizer; each of its groups remembers its peak rate as `peak`.
+    """Return an optimizer; each of its groups remembers its peak rate as `peak`. Empty groups are left out.
 
     Raises `ConfigError` for an unknown name, or when the package of the optimizer is not installed.
     """
-    built = [{"params": list(g.parameters), "lr": g.learning_rate, "peak": g.learning_rate} for g in groups]
+    built = [
+        {
+            "params": parameters,
+            "lr": group.learning_rate,
+            "peak": group.learning_rate,
+            "weight_decay": weight_decay if group.decays else 0.0,
+        }
+        for group in groups
+        if (parameters := list(group.parameters))
+    ]
     if name in _TORCH:
         class_name, options = _TORCH[name]
-        return getattr(torch.optim, class_name)(built, weight_decay=weight_decay, **options)
-    return _external(name)(built, weight_decay=weight_decay)
+        return getattr(torch.optim, class_name)(built, **options)
+    return _external(name)(built)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
