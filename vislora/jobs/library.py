@@ -21,7 +21,7 @@ from vislora.jobs.inspect import FileSummary, inspect
 from vislora.records import Done, Note, Progress, Record
 
 INDEX = ".vislora-library.json"
-VERSION = 1
+VERSION = 2
 PREVIEWS = (".png", ".preview.png", ".jpg", ".jpeg", ".webp", ".preview.jpg", ".preview.jpeg")
 TAGS = 3
 
@@ -196,7 +196,10 @@ def _preview(path: Path) -> Path | None:
 
 
 def _triggers(summary: FileSummary) -> tuple[str, ...]:
-    """Return the trigger phrase that the metadata names, else the most frequent tags of its captions."""
+    """Return the trigger phrase that the metadata names, else the most frequent tags of its captions.
+
+    One that is less than half as frequent as the first is what a picture shows, and calls nothing up.
+    """
     phrase = summary.metadata.get("modelspec.trigger_phrase", "")
     if phrase:
         return tuple(word.strip() for word in phrase.split(",") if word.strip())
@@ -206,7 +209,8 @@ def _triggers(summary: FileSummary) -> tuple[str, ...]:
             tags.update({str(tag).strip(): int(count) for tag, count in counts.items()})
     except (ValueError, TypeError, AttributeError):
         return ()
-    return tuple(tag for tag, _ in tags.most_common(TAGS))
+    found = tags.most_common(TAGS)
+    return tuple(tag for tag, count in found if 2 * count >= found[0][1])
 
 
 def _remembered(folder: Path) -> dict[Path, Entry]:
