@@ -19,7 +19,7 @@ from tests.jobs.test_pipelines import state
 from vislora.cli import main
 from vislora.errors import AdapterFileError, AdapterMismatchError, ConfigError
 from vislora.jobs import library as job
-from vislora.jobs.library import INDEX, Index
+from vislora.jobs.library import INDEX, VERSION, Index
 from vislora.jobs.pipelines import loaded_strengths
 
 
@@ -72,12 +72,15 @@ def test_only_what_changed_is_read_again(folder, monkeypatch):
     assert len(read) == 3
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"version": 99}', '{"version": 1, "adapters": [{"path": "a"}]}', "[1]"])
+DAMAGED = ("", "{", '{"version": 99}', f'{{"version": {VERSION}, "adapters": [{{"path": "a"}}]}}', "[1]")
+
+
+@pytest.mark.parametrize("text", DAMAGED)
 def test_a_damaged_index_is_made_anew(text, folder):
     wanted = Index([folder]).entries
     (folder / INDEX).write_text(text)
     assert Index([folder]).entries == wanted
-    assert json.loads((folder / INDEX).read_text())["version"] == 1
+    assert json.loads((folder / INDEX).read_text())["version"] == VERSION
 
 
 def test_a_folder_that_cannot_be_written_to_has_no_index(folder, monkeypatch):
