@@ -133,7 +133,7 @@ def test_what_peft_reads_is_what_was_trained(tmp_path):
     torch.testing.assert_close(again(INPUT), trained)
 
 
-def test_a_half_trained_strength_and_module_dropout_scale_the_whole_change():
+def test_a_strength_scales_the_whole_change():
     model, adapters = on_net()
     base = net()(INPUT)
     as_dora(adapters)

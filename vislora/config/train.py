@@ -39,7 +39,7 @@ class AdapterConfig(Section):
     algorithm: Algorithm = "lora"
     """Adapter algorithm."""
     dora: bool = False
-    """Train a magnitude per output too, beside the direction (DoRA): steps take longer, a low rank may do better."""
+    """Train a magnitude per output too, beside the direction (DoRA); steps take longer."""
     rank_stabilized: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
     tucker: bool = False
