@@ -205,3 +205,12 @@ def test_what_compiles_to_other_gradients_is_not_used(tmp_path, monkeypatch):
     assert training.run is right
     assert all(torch.equal(old, new) for old, new in zip(before, training.model.parameters(), strict=True))
     assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_the_upsampling_that_compiles_is_the_library_s():
+    from base.sd import Upsample
+    from diffusers.models.upsampling import Upsample2D
+
+    theirs = Upsample2D(8, use_conv=True)
+    x = torch.randn(2, 8, 4, 6)
+    assert torch.equal(Upsample(theirs.conv)(x), theirs(x))

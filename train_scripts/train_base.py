@@ -180,8 +180,8 @@ def main() -> int:
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="compile the denoiser, which takes minutes at the start (two CPU cores then train the DiT in 0.6 of the "
-        "time), unless its gradients are then other ones, which is so for the UNet on a CPU. Default: on a GPU alone",
+        help="compile the denoiser, which takes minutes at the start (two CPU cores then train the UNet in 0.72 of the "
+        "time, the DiT in 0.6), unless its gradients are then other ones. Default: on a GPU alone",
     )
     chosen = parser.parse_args()
     if not chosen.data.exists():

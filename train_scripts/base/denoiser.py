@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -81,14 +82,14 @@ class Training:
         """Have torch compile the model, which takes minutes; return why it is left as it was, if it is.
 
         That is where there is no C++ compiler, and where the gradients of what was compiled are wrong: torch 2.13 loses
-        those of all that is before an upsampler, in bfloat16 on a CPU, and says nothing.
+        those of all that is before a nearest upsampling, in bfloat16 on a CPU, and says nothing.
         """
-        fast = torch.compile(self.model)
+        fast, exact = torch.compile(self.model), partial(type(self.model).forward, self.model)  # exact: no autocast
         with torch.random.fork_rng(), _moved(self.model):
             latents, ids = examples.draw(batch)
             noised = self.layout.noised(latents)
             try:
-                plain, made = (self._gradients(run, noised, ids) for run in (self.model, fast))
+                plain, made = (self._gradients(run, noised, ids) for run in (exact, fast))
             except RuntimeError as error:
                 return f"cannot be compiled: {str(error).splitlines()[0]}"
         whole = torch.stack([gradient.norm() for gradient in plain.values()]).norm()
@@ -107,8 +108,7 @@ class Training:
         return found
 
     def _loss(self, run: Callable[..., Tensor], noised: Noised, ids: list[Tensor]) -> Tensor:
-        with self.accelerator.autocast():
-            predicted = run(noised.latents, noised.t, *ids)
+        predicted = run(noised.latents, noised.t, *ids)
         return ((predicted.float() - noised.target).square().mean(dim=(1, 2, 3)) * noised.weight).mean()
 
     def step(self, examples: Examples, batch: int, factor: float) -> Tensor:

@@ -17,6 +17,21 @@ WIDTH = 128
 SNR_LIMIT = 5.0
 
 
+class Upsample(nn.Module):
+    """The library's, with the nearest upsampling as a view: compiled, torch 2.13 loses gradients in `interpolate`."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor, output_size: object = None) -> Tensor:
+        """Return x at twice the size, convolved."""
+        batch, channels, height, width = x.shape
+        twice = x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2)
+        upsampled: Tensor = self.conv(twice.reshape(batch, channels, 2 * height, 2 * width))
+        return upsampled
+
+
 class Both(nn.Module):
     """The denoiser, with attention at 8 x 8 and 4 x 4, and the text encoder as one model."""
 
@@ -32,6 +47,8 @@ class Both(nn.Module):
             attention_head_dim=(2, 4, 5),
             norm_num_groups=16,
         )
+        for block in self.unet.up_blocks[:-1]:
+            block.upsamplers[0] = Upsample(block.upsamplers[0].conv)
         self.text = CLIPTextModel(text_config(tokenizer, WIDTH))
         if not torch.cuda.is_available():  # on a CPU the backward pass of fused attention takes a third of the time
             self.unet.set_attn_processor(AttnProcessor())
