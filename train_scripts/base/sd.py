@@ -25,7 +25,7 @@ class Upsample(nn.Module):
         self.conv = conv
 
     def forward(self, x: Tensor, output_size: object = None) -> Tensor:
-        """Return x at twice the size, convolved."""
+        """Return x at twice the size, convolved. output_size: not needed, as every size here halves without a rest."""
         batch, channels, height, width = x.shape
         twice = x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2)
         upsampled: Tensor = self.conv(twice.reshape(batch, channels, 2 * height, 2 * width))
