@@ -60,6 +60,7 @@ def test_captions_name_the_picture_in_part_or_whole():
     torch.manual_seed(0)
     texts = shown.captions(torch.zeros(400, dtype=torch.long), draw_forms(400))
     assert texts.count("an owl, flat style") > 200
+    assert texts.count("owl, flat style") > 20
     assert texts.count("") > 10
     assert "flat style" in texts
     made_up = {text for text in texts if text.startswith("an owl, ") and "flat" not in text}
@@ -189,7 +190,7 @@ def test_what_compiles_to_other_gradients_is_not_used(tmp_path, monkeypatch):
     random = torch.get_rng_state()
 
     def compiled(how):
-        monkeypatch.setattr(torch, "compile", lambda model: how)
+        monkeypatch.setattr(torch, "compile", lambda model, **how_to: how)
         return training.compile(examples, 2)
 
     def no_compiler(noisy, t, ids):
@@ -205,6 +206,23 @@ def test_what_compiles_to_other_gradients_is_not_used(tmp_path, monkeypatch):
     assert training.run is right
     assert all(torch.equal(old, new) for old, new in zip(before, training.model.parameters(), strict=True))
     assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_dropout_is_in_the_training_alone(tmp_path):
+    from base.parts import make_vae
+    from base.sd import StableDiffusion1
+    from diffusers import UNet2DConditionModel
+
+    layout = StableDiffusion1()
+    words = tokenizer(tmp_path, layout.length)
+    model = layout.model(words).train()
+    given = torch.randn(1, 4, 16, 16), torch.tensor([500])
+    ids = words(["a fox"], padding="max_length", return_tensors="pt").input_ids
+    assert not torch.equal(model(*given, ids), model(*given, ids))
+    layout.pipeline(make_vae(), model, words).save_pretrained(tmp_path)
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "unet").train()
+    text = torch.randn(1, 8, 128)
+    assert torch.equal(unet(*given, text).sample, unet(*given, text).sample)
 
 
 def test_the_upsampling_that_compiles_is_the_library_s():

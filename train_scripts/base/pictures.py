@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 CAPTIONS = (
-    ("{a} {subject}, {style} style", 0.70),
+    ("{a} {subject}, {style} style", 0.60),
+    ("{subject}, {style} style", 0.10),
     ("{a} {subject}", 0.04),
     ("{a} {subject}, {word} style", 0.05),
     ("{word} {subject}", 0.03),
@@ -19,7 +20,8 @@ CAPTIONS = (
     ("", 0.10),
 )
 """How a picture is described, and how often: parts are left out, so that each means something alone. `word` is made up
-every time, so that a word that the base does not know leaves the rest of the prompt what it means."""
+every time, so that a word that the base does not know leaves the rest of the prompt what it means. Without the article
+the words stand at other places, which the text encoder has to have seen."""
 SYLLABLES = tuple(first + second for first in "bcdfghjklmnprstvwz" for second in "aeiou")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -14,6 +15,9 @@ from base.layout import Noised, text_config
 from base.parts import DEFAULTS, FACTOR, SIZE
 
 WIDTH = 128
+DROPOUT = 0.1
+"""As for CIFAR-10 (Ho et al., arXiv 2006.11239, appendix B): two thousand pictures are learned by heart otherwise, and
+pairs of subject and style that are not among them are drawn worse."""
 SNR_LIMIT = 5.0
 
 
@@ -49,6 +53,9 @@ class Both(nn.Module):
         )
         for block in self.unet.up_blocks[:-1]:
             block.upsamplers[0] = Upsample(block.upsamplers[0].conv)
+        for module in self.unet.modules():
+            if isinstance(module, ResnetBlock2D):
+                module.dropout.p = DROPOUT  # not in the configuration: who trains an adapter wants none
         self.text = CLIPTextModel(text_config(tokenizer, WIDTH))
         if not torch.cuda.is_available():  # on a CPU the backward pass of fused attention takes a third of the time
             self.unet.set_attn_processor(AttnProcessor())
