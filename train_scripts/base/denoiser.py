@@ -102,7 +102,7 @@ class Training:
         return ""
 
     def _gradients(self, run: Callable[..., Tensor], noised: Noised, ids: list[Tensor]) -> dict[str, Tensor]:
-        torch.manual_seed(0)
+        torch.manual_seed(0)  # the same dropout in all that is compared
         self.accelerator.backward(self._loss(run, noised, ids))
         named = self.accelerator.unwrap_model(self.model).named_parameters()
         found = {name: torch.zeros_like(each) if each.grad is None else each.grad for name, each in named}
