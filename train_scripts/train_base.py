@@ -11,6 +11,7 @@ the last part trains.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from base.denoiser import Examples, Training, train_denoiser
-from base.layout import Layout
+from base.denoiser import RATE, Examples, Training, train_denoiser
+from base.layout import Layout, start_from
 from base.parts import make_vae, read_tokenizer, train_tokenizer, write_base
 from base.pictures import Pictures, prompt_of
 from base.progress import Budget, draw_curve
@@ -79,9 +80,13 @@ LAYOUTS: dict[str, Layout] = {"sd": StableDiffusion1(), "sd3": StableDiffusion3(
 BATCHES = {"cuda": Counts(512, 128, 512), "cpu": Counts(32, 16, 64)}
 
 
-def make_tokenizer(place: Place, pictures: Pictures) -> None:
-    """Train the vocabulary on all captions, those of held-out pairs included: their words are known ones."""
-    if not (place.tokenizer / "merges.txt").exists():
+def make_tokenizer(place: Place, pictures: Pictures, start: Path | None) -> None:
+    """Take the vocabulary of `start`, or train it on all captions, held-out pairs' too: their words are known ones."""
+    if (place.tokenizer / "merges.txt").exists():
+        return
+    if start:
+        shutil.copytree(start / "tokenizer", place.tokenizer, dirs_exist_ok=True)
+    else:
         train_tokenizer(pictures.texts(), place.tokenizer)
 
 
@@ -139,12 +144,12 @@ def run(place: Place, images: Counts, chosen: argparse.Namespace) -> None:
     torch.set_float32_matmul_precision("high")
     at_once = BATCHES.get(accelerator.device.type, BATCHES["cpu"])
     pictures = Pictures.read(chosen.data)
-    make_tokenizer(place, pictures)
+    make_tokenizer(place, pictures, chosen.start)
     layout = LAYOUTS[chosen.layout]
     trained, tokenizer = pictures.trained(), read_tokenizer(place.tokenizer, layout.length)
     budget = Budget(images.vae // at_once.vae, place.log, "vae")
     set_seed(0)  # once for each part: a run that stopped between two of them goes on as one that did not
-    vae = settled_vae(place, trained, accelerator, budget, at_once.vae, chosen.vae_from)
+    vae = settled_vae(place, trained, accelerator, budget, at_once.vae, chosen.start or chosen.vae_from)
     pixels = trained.pixels.to(accelerator.device)
     set_seed(0)
     moments = encode(vae, pixels)
@@ -155,7 +160,10 @@ def run(place: Place, images: Counts, chosen: argparse.Namespace) -> None:
     vae.load_state_dict(load_file(place.decoder))
     examples = Examples(moments, trained, tokenizer, vae.config.scaling_factor, layout.texts)
     set_seed(0)
-    training = Training(layout, layout.model(tokenizer), accelerator, place.folder / "state.pt")
+    model = layout.model(tokenizer)
+    if chosen.start:
+        start_from(chosen.start, layout.parts(model))
+    training = Training(layout, model, accelerator, place.folder / "state.pt", chosen.rate)
     budget = Budget(images.denoiser // at_once.denoiser, place.log, "denoiser", *training.resume())
     print(f"{len(moments)} pictures, {at_once.denoiser} at once, on {accelerator.device}", flush=True)
     if accelerator.device.type == "cuda" if chosen.compile is None else chosen.compile:
@@ -164,6 +172,15 @@ def run(place: Place, images: Counts, chosen: argparse.Namespace) -> None:
     shown = partial(export, place, layout, vae, sorted(set(trained.styles)))
     train_denoiser(training, examples, budget, at_once.denoiser, shown)
     print(f"{budget.step} steps, {budget.images} images seen in this run: {place.folder / 'base'}", flush=True)
+
+
+def own_precision() -> str:
+    """Return bf16 where the processor has it; one that has not is seventy times slower with it (AVX2, torch 2.13)."""
+    if torch.cuda.is_available():
+        return "bf16"
+    tell = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.6 has none
+    found = tell()
+    return "bf16" if any(found.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16")) else "no"
 
 
 def main() -> int:
@@ -175,8 +192,16 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=640_000, help="how many denoiser and text encoder see")
     parser.add_argument("--vae-images", type=int, default=160_000, help="how many crops the VAE sees")
     parser.add_argument("--decoder-images", type=int, default=80_000, help="how many more its decoder sees, whole")
-    parser.add_argument("--vae-from", type=Path, help="folder of a base whose VAE is trained on, not a fresh one")
-    parser.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="`no` for a CPU without bfloat16")
+    begin = parser.add_mutually_exclusive_group()
+    begin.add_argument("--vae-from", type=Path, help="folder of a base whose VAE is trained on, not a fresh one")
+    begin.add_argument("--start", type=Path, help="folder of a base of this layout all of whose parts are trained on")
+    parser.add_argument("--rate", type=float, default=RATE, help="highest learning rate of denoiser and text encoder")
+    parser.add_argument(
+        "--precision",
+        choices=("bf16", "no"),
+        default=own_precision(),
+        help="bf16, or no: float32. Default: bf16 on a GPU, and on a CPU that has instructions for it",
+    )
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,

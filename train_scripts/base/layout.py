@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -32,11 +33,21 @@ class Layout(Protocol):
     def model(self, tokenizer: CLIPTokenizer) -> nn.Module:
         """Return fresh denoiser and text encoders as one model: forward(noisy latents, t, *ids) predicts the target."""
 
+    def parts(self, model: Any) -> dict[str, nn.Module]:
+        """Return what `model` consists of, by its names in the pipeline."""
+
     def noised(self, latents: Tensor) -> Noised:
         """Return scaled `latents` with noise, at random timesteps."""
 
     def pipeline(self, vae: AutoencoderKL, model: Any, tokenizer: CLIPTokenizer) -> DiffusionPipeline:
         """Return the pipeline of these parts."""
+
+
+def start_from(base: Path, parts: Mapping[str, nn.Module]) -> None:
+    """Give `parts` the weights that they have in the folder of a base of the same layout and shapes."""
+    for name, part in parts.items():
+        kind: Any = type(part)
+        part.load_state_dict(kind.from_pretrained(base / name).state_dict())
 
 
 def text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:

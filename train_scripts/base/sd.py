@@ -12,12 +12,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from base.layout import Noised, text_config
-from base.parts import DEFAULTS, FACTOR, SIZE
+from base.parts import DEFAULTS, DROPOUT, FACTOR, SIZE
 
 WIDTH = 128
-DROPOUT = 0.1
-"""As for CIFAR-10 (Ho et al., arXiv 2006.11239, appendix B): two thousand pictures are learned by heart otherwise, and
-pairs of subject and style that are not among them are drawn worse."""
 SNR_LIMIT = 5.0
 
 
@@ -80,6 +77,10 @@ class StableDiffusion1:
         """Return fresh models."""
         return Both(tokenizer)
 
+    def parts(self, model: Both) -> dict[str, nn.Module]:
+        """Return the denoiser and the text encoder."""
+        return {"unet": model.unet, "text_encoder": model.text}
+
     def noised(self, latents: Tensor) -> Noised:
         """Return noisy latents, the noise, and weights (min-SNR, arXiv 2303.09556 eq. 5)."""
         t = torch.randint(len(self.alphas), (len(latents),), device=latents.device)
@@ -91,9 +92,8 @@ class StableDiffusion1:
     def pipeline(self, vae: AutoencoderKL, model: Both, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
         """Return the pipeline of these parts."""
         return StableDiffusionPipeline(
+            **self.parts(model),
             vae=vae,
-            unet=model.unet,
-            text_encoder=model.text,
             tokenizer=tokenizer,
             scheduler=make_scheduler(),
             safety_checker=None,

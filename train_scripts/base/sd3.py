@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from base.layout import Noised, text_config
-from base.parts import DEFAULTS, FACTOR, SIZE
+from base.parts import DEFAULTS, DROPOUT, FACTOR, SIZE
 from vislora.models.joint import CountedJointAttention
 from vislora.models.sd3 import ONE_FOR_ALL
 
@@ -45,6 +45,10 @@ class Both(nn.Module):
             if name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")):
                 nn.init.zeros_(module.weight)
                 nn.init.zeros_(module.bias)
+        for block in self.transformer.transformer_blocks:
+            for module in block.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = DROPOUT  # not in the configuration: who trains an adapter wants none
         self.transformer.set_attn_processor(PlainAttention())
         config = text_config(tokenizer, TEXT_WIDTH)
         texts = [CLIPTextModelWithProjection(config) for _ in range(2)]
@@ -88,6 +92,10 @@ class StableDiffusion3:
         """Return fresh models."""
         return Both(tokenizer)
 
+    def parts(self, model: Both) -> dict[str, nn.Module]:
+        """Return the denoiser and the text encoders."""
+        return {"transformer": model.transformer, "text_encoder": model.texts[0], "text_encoder_2": model.texts[1]}
+
     def noised(self, latents: Tensor) -> Noised:
         """Return (1 - s) x + s noise, 1000 s, noise - x and equal weights."""
         noise = torch.randn_like(latents)
@@ -98,13 +106,12 @@ class StableDiffusion3:
     def pipeline(self, vae: AutoencoderKL, model: Both, tokenizer: CLIPTokenizer) -> StableDiffusion3Pipeline:
         """Return the pipeline."""
         vae.register_to_config(shift_factor=0.0)
+        model.transformer.to(vae.device).eval()
         return StableDiffusion3Pipeline(
-            transformer=model.transformer.to(vae.device).eval(),
+            **self.parts(model),
             scheduler=FlowMatchEulerDiscreteScheduler(),
             vae=vae,
-            text_encoder=model.texts[0],
             tokenizer=tokenizer,
-            text_encoder_2=model.texts[1],
             tokenizer_2=tokenizer,
             text_encoder_3=None,
             tokenizer_3=None,
