@@ -196,33 +196,54 @@ def test_what_compiles_to_other_gradients_is_not_used(tmp_path, monkeypatch):
     def no_compiler(noisy, t, ids):
         raise RuntimeError("no C++ compiler")
 
+    def lost(noisy, t, ids):
+        raise IndexError("dimension out of range")
+
     blind = lambda noisy, t, ids: training.model(noisy, t, torch.zeros_like(ids))  # noqa: E731
     broken = lambda noisy, t, ids: training.model(noisy, t, ids) * float("nan")  # noqa: E731
     assert compiled(blind).endswith(" is another one")
     assert compiled(broken).endswith(" is another one")
     assert training.run is training.model
     assert compiled(no_compiler) == "cannot be compiled: no C++ compiler"
+    assert compiled(lost) == "cannot be compiled: dimension out of range"
     assert compiled(right := partial(training.model)) == ""
     assert training.run is right
     assert all(torch.equal(old, new) for old, new in zip(before, training.model.parameters(), strict=True))
     assert torch.equal(torch.get_rng_state(), random)
 
 
-def test_dropout_is_in_the_training_alone(tmp_path):
-    from base.parts import make_vae
-    from base.sd import StableDiffusion1
-    from diffusers import UNet2DConditionModel
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_dropout_is_in_the_training_alone_and_a_training_can_start_from_a_base(name, tmp_path):
+    from base.denoiser import _moved
+    from base.layout import start_from
+    from base.parts import make_vae, write_base
+    from train_base import LAYOUTS
 
-    layout = StableDiffusion1()
+    layout = LAYOUTS[name]
     words = tokenizer(tmp_path, layout.length)
     model = layout.model(words).train()
-    given = torch.randn(1, 4, 16, 16), torch.tensor([500])
     ids = words(["a fox"], padding="max_length", return_tensors="pt").input_ids
-    assert not torch.equal(model(*given, ids), model(*given, ids))
-    layout.pipeline(make_vae(), model, words).save_pretrained(tmp_path)
-    unet = UNet2DConditionModel.from_pretrained(tmp_path / "unet").train()
-    text = torch.randn(1, 8, 128)
-    assert torch.equal(unet(*given, text).sample, unet(*given, text).sample)
+    given = torch.randn(1, 4, 16, 16), torch.tensor([500]), *[ids] * layout.texts
+    with _moved(model):  # a fresh DiT's blocks give nothing
+        assert not torch.equal(model(*given), model(*given))
+        write_base(layout.pipeline(make_vae(), model, words), tmp_path, tmp_path / "base", layout.defaults)
+        wanted = model.eval()(*given)
+    start_from(tmp_path / "base", layout.parts(model))
+    assert torch.allclose(model(*given), wanted, atol=0.02)  # kept in half precision
+    denoiser, kind = next((key, type(part)) for key, part in layout.parts(model).items())
+    again = kind.from_pretrained(tmp_path / "base" / denoiser).train()
+    assert all(module.p == 0.0 for module in again.modules() if isinstance(module, torch.nn.Dropout))
+
+
+@pytest.mark.parametrize(
+    ("found", "precision"), [({"avx2": True}, "no"), ({"avx512_bf16": True}, "bf16"), ({"bf16": True}, "bf16")]
+)
+def test_a_processor_without_bfloat16_trains_without_it(found, precision, monkeypatch):
+    from train_base import own_precision
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    assert own_precision() == precision
 
 
 def test_the_upsampling_that_compiles_is_the_library_s():

@@ -86,14 +86,14 @@ class Training:
         That is where there is no C++ compiler, and where the gradients of what was compiled are wrong: torch 2.13 loses
         those of all that is before a nearest upsampling, in bfloat16 on a CPU, and says nothing.
         """
-        fast = torch.compile(self.model, options={"fallback_random": True, "pattern_matcher": False})  # the same dropout as without compiling
+        fast = torch.compile(self.model, options={"fallback_random": True})  # the same dropout as without compiling
         exact = partial(type(self.model).forward, self.model)  # no autocast
         with torch.random.fork_rng(), _moved(self.model):
             latents, ids = examples.draw(batch)
             noised = self.layout.noised(latents)
             try:
                 plain, made = (self._gradients(run, noised, ids) for run in (exact, fast))
-            except RuntimeError as error:
+            except (RuntimeError, IndexError) as error:  # torch 2.13, float32, attention of the text encoders: an index
                 return f"cannot be compiled: {str(error).splitlines()[0]}"
         whole = torch.stack([gradient.norm() for gradient in plain.values()]).norm()
         for name, gradient in plain.items():
