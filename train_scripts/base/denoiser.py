@@ -93,7 +93,7 @@ class Training:
             noised = self.layout.noised(latents)
             try:
                 plain, made = (self._gradients(run, noised, ids) for run in (exact, fast))
-            except (RuntimeError, IndexError) as error:  # torch 2.13, float32, attention of the text encoders: an index
+            except (RuntimeError, IndexError) as error:  # the second: torch 2.13, float32, dropout in the DiT
                 return f"cannot be compiled: {str(error).splitlines()[0]}"
         whole = torch.stack([gradient.norm() for gradient in plain.values()]).norm()
         for name, gradient in plain.items():

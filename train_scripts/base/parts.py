@@ -15,9 +15,6 @@ from torch import nn
 from transformers import CLIPTokenizer, PreTrainedModel
 
 SIZE, FACTOR = 64, 4
-DROPOUT = 0.1
-"""As for CIFAR-10 (Ho et al., arXiv 2006.11239, appendix B): two thousand pictures are learned by heart otherwise, and
-pairs of subject and style that are not among them are drawn worse."""
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 PRIVATE = 0xE000

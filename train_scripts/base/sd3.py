@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from base.layout import Noised, text_config
-from base.parts import DEFAULTS, DROPOUT, FACTOR, SIZE
+from base.parts import DEFAULTS, FACTOR, SIZE
 from vislora.models.joint import CountedJointAttention
 from vislora.models.sd3 import ONE_FOR_ALL
 
@@ -45,10 +45,6 @@ class Both(nn.Module):
             if name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")):
                 nn.init.zeros_(module.weight)
                 nn.init.zeros_(module.bias)
-        for block in self.transformer.transformer_blocks:
-            for module in block.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = DROPOUT  # not in the configuration: who trains an adapter wants none
         self.transformer.set_attn_processor(PlainAttention())
         config = text_config(tokenizer, TEXT_WIDTH)
         texts = [CLIPTextModelWithProjection(config) for _ in range(2)]
