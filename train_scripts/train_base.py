@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -176,7 +177,7 @@ def run(place: Place, images: Counts, chosen: argparse.Namespace) -> None:
 
 def own_precision() -> str:
     """Return bf16 where the processor has it; on one that has not (AVX2) products of matrices take 70 times as long."""
-    found = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 cannot tell
+    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 cannot tell
     has_it = torch.cuda.is_available() or any(found.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
     return "bf16" if has_it else "no"
 
