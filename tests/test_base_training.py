@@ -245,6 +245,21 @@ def test_a_training_starts_from_a_base_as_it_was_written(name, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("layout", "start", "told"), [("sd", "nowhere", "no folder of a base"), ("sd3", "base", "has no transformer")]
+)
+def test_what_a_training_cannot_start_from_is_told_before_it_begins(layout, start, told, tmp_path, monkeypatch, capsys):
+    import train_base
+
+    base = SCRIPTS.parent / "vislora" / "assets" / start
+    words = ["train_base.py", "--out", str(tmp_path / "run"), "--layout", layout, "--start", str(base)]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit):
+        train_base.main()
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("found", "precision"), [({"avx2": True}, "no"), ({"avx512_bf16": True}, "bf16"), ({"bf16": True}, "bf16")]
 )
 def test_a_processor_without_bfloat16_trains_without_it(found, precision, monkeypatch):

@@ -175,6 +175,13 @@ def run(place: Place, images: Counts, chosen: argparse.Namespace) -> None:
     print(f"{budget.step} steps, {budget.images} images seen in this run: {place.folder / 'base'}", flush=True)
 
 
+def base_folder(text: str) -> Path:
+    """Return the path of a base's folder. Raises `argparse.ArgumentTypeError` for what is none."""
+    if not (Path(text) / "model_index.json").is_file():
+        raise argparse.ArgumentTypeError(f"{text} is no folder of a base: it has no model_index.json")
+    return Path(text)
+
+
 def own_precision() -> str:
     """Return bf16 where the processor has it; on one that has not (AVX2) products of matrices take 70 times as long."""
     found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 cannot tell
@@ -192,8 +199,10 @@ def main() -> int:
     parser.add_argument("--vae-images", type=int, default=160_000, help="how many crops the VAE sees")
     parser.add_argument("--decoder-images", type=int, default=80_000, help="how many more its decoder sees, whole")
     begin = parser.add_mutually_exclusive_group()
-    begin.add_argument("--vae-from", type=Path, help="folder of a base whose VAE is trained on, not a fresh one")
-    begin.add_argument("--start", type=Path, help="folder of a base of this layout all of whose parts are trained on")
+    begin.add_argument("--vae-from", type=base_folder, help="folder of a base whose VAE is trained on, not a fresh one")
+    begin.add_argument(
+        "--start", type=base_folder, help="folder of a base of this layout: all its parts are trained on"
+    )
     parser.add_argument("--rate", type=float, default=RATE, help="highest learning rate of denoiser and text encoder")
     parser.add_argument(
         "--precision",
@@ -208,6 +217,9 @@ def main() -> int:
         "time, the DiT in 0.6), unless its gradients are then other ones. Default: on a GPU alone",
     )
     chosen = parser.parse_args()
+    denoiser = LAYOUTS[chosen.layout].denoiser
+    if chosen.start and not (chosen.start / denoiser).is_dir():
+        parser.error(f"{chosen.start} has no {denoiser}: name its layout with --layout")
     if not chosen.data.exists():
         print(f"{chosen.data} is not there: make it with train_scripts/make_base_data.py", file=sys.stderr)
         return 2

@@ -23,6 +23,8 @@ class Noised(NamedTuple):
 class Layout(Protocol):
     """One file implements it for Stable Diffusion 1, one for Stable Diffusion 3."""
 
+    denoiser: str
+    """The name of the denoiser's folder."""
     length: int
     """How many tokens of a prompt the text encoders see."""
     texts: int
@@ -44,7 +46,7 @@ class Layout(Protocol):
 
 
 def start_from(base: Path, parts: Mapping[str, nn.Module]) -> None:
-    """Give `parts` the weights that they have in the folder of a base of the same layout and shapes."""
+    """Give `parts` the weights that they have in the folder of a base of the same layout."""
     for name, part in parts.items():
         kind: Any = type(part)
         part.load_state_dict(kind.from_pretrained(base / name).state_dict())

@@ -59,7 +59,8 @@ class Budget:
 
 def draw_curve(log: Path, what: str, figure: str, out: Path) -> None:
     """Draw one figure of a log over time, on a logarithmic scale, as a PNG."""
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []  # a short run has told nothing yet
+    rows = [json.loads(line) for line in lines]
     points = [(row["seconds"], row[figure]) for row in rows if row["what"] == what and row.get(figure, 0.0) > 0.0]
     if len(points) < 2:
         return

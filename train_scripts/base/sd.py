@@ -70,7 +70,7 @@ class Both(nn.Module):
 class StableDiffusion1:
     """See `base.layout.Layout`."""
 
-    length, texts = 77, 1
+    denoiser, length, texts = "unet", 77, 1
     defaults: Mapping[str, float] = DEFAULTS
 
     def __init__(self) -> None:

@@ -81,7 +81,7 @@ class PlainAttention(CountedJointAttention):
 class StableDiffusion3:
     """See `base.layout.Layout`. Times are drawn logit-normal (arXiv 2403.03206, section 3.1)."""
 
-    length, texts = 20, 2
+    denoiser, length, texts = "transformer", 20, 2
     defaults: Mapping[str, float] = DEFAULTS | {"guidance_scale": 1.5}  # with more, adapters carry over less
 
     def model(self, tokenizer: CLIPTokenizer) -> Both:
