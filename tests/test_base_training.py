@@ -240,8 +240,8 @@ def test_a_training_starts_from_a_base_as_it_was_written(name, tmp_path):
     model, other = layout.model(words), layout.model(words)
     write_base(layout.pipeline(make_vae(), model, words), tmp_path, tmp_path / "base", layout.defaults)
     start_from(tmp_path / "base", layout.parts(other))
-    pairs = zip(model.state_dict().items(), other.state_dict().values(), strict=True)
-    assert all(torch.equal(wanted.half(), found.half()) for (_, wanted), found in pairs)
+    found = other.state_dict()
+    assert all(torch.equal(wanted.half(), found[key].half()) for key, wanted in model.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -257,6 +257,13 @@ def test_what_a_training_cannot_start_from_is_told_before_it_begins(layout, star
         train_base.main()
     assert told in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_told_nothing_has_no_curve(tmp_path):
+    from base.progress import draw_curve
+
+    draw_curve(tmp_path / "log.jsonl", "denoiser", "loss", tmp_path / "curve.png")
+    assert not (tmp_path / "curve.png").exists()
 
 
 @pytest.mark.parametrize(

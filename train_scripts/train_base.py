@@ -36,6 +36,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vislora.files import replacing
+from vislora.models.base import place_of
 from vislora.models.schedulers import scheduler_for
 
 SHOWN = ("fox", "owl", "sunflower", "red apple", "crown", "guitar", "automobile", "robot", "angry face", "crab")
@@ -86,7 +87,9 @@ def make_tokenizer(place: Place, pictures: Pictures, start: Path | None) -> None
     if (place.tokenizer / "merges.txt").exists():
         return
     if start:
-        shutil.copytree(start / "tokenizer", place.tokenizer, dirs_exist_ok=True)
+        place.tokenizer.mkdir(exist_ok=True)
+        for name in ("vocab.json", "merges.txt"):  # the last one says that both are there
+            shutil.copy(start / "tokenizer" / name, place.tokenizer)
     else:
         train_tokenizer(pictures.texts(), place.tokenizer)
 
@@ -176,10 +179,11 @@ def run(place: Place, images: Counts, chosen: argparse.Namespace) -> None:
 
 
 def base_folder(text: str) -> Path:
-    """Return the path of a base's folder. Raises `argparse.ArgumentTypeError` for what is none."""
-    if not (Path(text) / "model_index.json").is_file():
+    """Return the folder of a base, by path or an embedded one's name. Raises `ArgumentTypeError` for what is none."""
+    folder = place_of(text)
+    if not (folder / "model_index.json").is_file():
         raise argparse.ArgumentTypeError(f"{text} is no folder of a base: it has no model_index.json")
-    return Path(text)
+    return folder
 
 
 def own_precision() -> str:

@@ -82,7 +82,7 @@ class StableDiffusion1:
 
     def parts(self, model: Both) -> dict[str, nn.Module]:
         """Return the denoiser and the text encoder."""
-        return {"unet": model.unet, "text_encoder": model.text}
+        return {self.denoiser: model.unet, "text_encoder": model.text}
 
     def noised(self, latents: Tensor) -> Noised:
         """Return noisy latents, the noise, and weights (min-SNR, arXiv 2303.09556 eq. 5)."""

@@ -90,7 +90,7 @@ class StableDiffusion3:
 
     def parts(self, model: Both) -> dict[str, nn.Module]:
         """Return the denoiser and the text encoders."""
-        return {"transformer": model.transformer, "text_encoder": model.texts[0], "text_encoder_2": model.texts[1]}
+        return {self.denoiser: model.transformer, "text_encoder": model.texts[0], "text_encoder_2": model.texts[1]}
 
     def noised(self, latents: Tensor) -> Noised:
         """Return (1 - s) x + s noise, 1000 s, noise - x and equal weights."""
