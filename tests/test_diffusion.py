@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from vislora.diffusion import Discrete, Flow
+from vislora.diffusion import Discrete, Flow, Timesteps
 
 torch.set_num_threads(1)
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -68,6 +68,32 @@ def test_every_timestep_is_drawn_and_none_beyond():
     assert (t.min().item(), t.max().item()) == (0, 999)
     assert torch.equal(t, objective.sample_t((20_000,), torch.Generator().manual_seed(0)))
     assert len(t.unique()) == 1000
+
+
+@pytest.mark.parametrize("distribution", [None, "uniform", "logit-normal"])
+@pytest.mark.parametrize("shift", [0.25, 4.0])
+def test_timesteps_are_drawn_as_told_whatever_the_base_was_trained_with(distribution, shift):
+    how = Timesteps(distribution, shift)
+    middle = shift * 0.5 / (1 + (shift - 1) * 0.5)  # both distributions have their median at 0.5
+    for objective in (discrete("epsilon")[1], Flow()):
+        t = objective.sample_t((20_000,), torch.Generator().manual_seed(0), how)
+        assert t.median().item() == pytest.approx(1000 * middle, abs=20)
+        assert 0 <= t.min() < t.max() < 1000
+        quartile = (
+            0.25 if (distribution or usual(objective)) == "uniform" else torch.sigmoid(torch.tensor(-0.6745)).item()
+        )
+        expected = shift * quartile / (1 + (shift - 1) * quartile)
+        assert t.float().quantile(0.25).item() == pytest.approx(1000 * expected, abs=20)
+
+
+def usual(objective):
+    return "logit-normal" if objective.prediction == "flow" else "uniform"
+
+
+def test_the_shift_of_the_settings_comes_on_top_of_the_objectives():
+    both, one = (Flow(3.0), Timesteps(shift=0.5)), (Flow(1.5), Timesteps())
+    drawn = [flow.sample_t((64,), torch.Generator().manual_seed(0), how) for flow, how in (both, one)]
+    assert torch.allclose(*drawn, rtol=1e-5)
 
 
 def test_flow_is_the_straight_line_of_diffusers_flow_training():

@@ -10,6 +10,34 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+Distribution = Literal["uniform", "logit-normal"]
+
+
+@dataclass(frozen=True)
+class Timesteps:
+    """Which timesteps are trained how often. `distribution` None: as the base was trained.
+
+    `shift` moves them, beyond 1 towards noise, below towards the clean picture (Esser et al., arXiv 2403.03206,
+    equation 23), on top of the shift that the objective may have.
+    """
+
+    distribution: Distribution | None = None
+    shift: float = 1.0
+
+    def draw(self, count: int, generator: torch.Generator, usual: Distribution) -> Tensor:
+        """Return `count` noise levels from 0 to 1, on the CPU. `usual`: the distribution where none is set."""
+        if (self.distribution or usual) == "uniform":
+            return shifted(torch.rand(count, generator=generator), self.shift)
+        return shifted(torch.sigmoid(torch.randn(count, generator=generator)), self.shift)
+
+
+AS_TRAINED = Timesteps()
+
+
+def shifted(levels: Tensor, shift: float) -> Tensor:
+    """Return shift u / (1 + (shift - 1) u) (arXiv 2403.03206, equation 23) of noise levels u from 0 to 1."""
+    return shift * levels / (1 + (shift - 1) * levels)
+
 
 class Objective(Protocol):
     """`t` is what the denoiser is given: one value per sample, in [0, 1000)."""
@@ -19,7 +47,7 @@ class Objective(Protocol):
         """What the denoiser predicts: epsilon, v or flow."""
         ...
 
-    def sample_t(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    def sample_t(self, shape: Sequence[int], generator: torch.Generator, how: Timesteps = AS_TRAINED) -> Tensor:
         """Draw a timestep for each sample of latents of this shape, on the CPU."""
         ...
 
@@ -46,9 +74,12 @@ class Discrete:
     alphas_cumprod: Tensor
     prediction: Literal["epsilon", "v"]
 
-    def sample_t(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        """Draw uniformly from all timesteps."""
-        return torch.randint(len(self.alphas_cumprod), (shape[0],), generator=generator)
+    def sample_t(self, shape: Sequence[int], generator: torch.Generator, how: Timesteps = AS_TRAINED) -> Tensor:
+        """Draw from all timesteps, uniformly unless `how` says otherwise."""
+        count = len(self.alphas_cumprod)
+        if how == AS_TRAINED:
+            return torch.randint(count, (shape[0],), generator=generator)
+        return (count * how.draw(shape[0], generator, "uniform")).long().clamp_max(count - 1)
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return sqrt(abar) x + sqrt(1 - abar) noise."""
@@ -107,11 +138,10 @@ class Flow:
     shift: float | GrowingShift = 1.0
     prediction: str = "flow"
 
-    def sample_t(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        """Draw 1000 sigma, sigma = shift u / (1 + (shift - 1) u), u = sigmoid(normal)."""
+    def sample_t(self, shape: Sequence[int], generator: torch.Generator, how: Timesteps = AS_TRAINED) -> Tensor:
+        """Draw 1000 sigma, sigma shifted, sigmoid(normal) before that unless `how` says otherwise."""
         shift = self.shift.of(*shape[-2:]) if isinstance(self.shift, GrowingShift) else self.shift
-        u = torch.sigmoid(torch.randn(shape[0], generator=generator))
-        return 1000.0 * shift * u / (1 + (shift - 1) * u)
+        return 1000.0 * shifted(how.draw(shape[0], generator, "logit-normal"), shift)
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return (1 - sigma) x + sigma noise."""

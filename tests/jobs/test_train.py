@@ -163,6 +163,18 @@ def test_noise_offset_is_the_same_over_a_channel(small_batch):
     assert difference.abs().max() > 0
 
 
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_timesteps_are_drawn_as_the_settings_say(family, tmp_path, monkeypatch):
+    drawn = []
+    objective = type(load_family(tiny.saved(family), torch.float32, CPU).objective)
+    draw = objective.sample_t
+    monkeypatch.setattr(objective, "sample_t", lambda *given: drawn.append(draw(*given)) or drawn[-1])
+    trained(tmp_path / "usual", family, loop__steps=6)
+    trained(tmp_path / "low", family, loop__steps=6, loop__timesteps="logit-normal", loop__timestep_shift=0.01)
+    usual, low = torch.cat(drawn).float().chunk(2)
+    assert low.max() < 300 < usual.max()
+
+
 @pytest.mark.parametrize("family", tiny.STAPLES)
 def test_text_encoders_are_trained_and_saved(family, tmp_path):
     value, records = trained(tmp_path, family, adapter__text_encoders=True, loop__steps=2)

@@ -92,6 +92,10 @@ class LoopConfig(Section):
     """Precision of the forward pass; auto: bf16 on a GPU, none on a CPU. The adapter is always float32."""
     min_snr_gamma: float | None = Field(5.0, gt=0)
     """Min-SNR weight of a diffusion model's loss (ignored by flow models)."""
+    timesteps: Literal["uniform", "logit-normal"] | None = None
+    """How timesteps are drawn. Default: uniform for a diffusion model, logit-normal for a flow model."""
+    timestep_shift: float = Field(1.0, gt=0, le=100)
+    """Below 1 more of the low noise is trained, which decides on strokes and texture; beyond 1 more of the high."""
     noise_offset: float = Field(0.0, ge=0, le=1)
     """Add this much noise that is the same over a whole channel, for very dark or bright images."""
     save_every: int = Field(200, ge=0)

@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from vislora import formats
 from vislora.config.train import TrainConfig
 from vislora.data.scan import dataset_hash
+from vislora.diffusion import Timesteps
 from vislora.errors import ConfigError, VisloraError, listed, missing_extra
 from vislora.formats.adapter_file import AdapterFile
 from vislora.formats.names import FAMILY_NAMES
@@ -272,7 +273,8 @@ def _fresh_options(config: TrainConfig) -> FreshOptions:
 
 def _loss_options(config: TrainConfig) -> LossOptions:
     loop, prior = config.loop, config.prior
-    return LossOptions(loop.min_snr_gamma, loop.noise_offset, prior.weight, prior.share)
+    timesteps = Timesteps(loop.timesteps, loop.timestep_shift)
+    return LossOptions(loop.min_snr_gamma, loop.noise_offset, prior.weight, prior.share, timesteps)
 
 
 def _memory(

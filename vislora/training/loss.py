@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vislora.diffusion import AS_TRAINED, Timesteps
 from vislora.inject.injection import AdapterSet
 from vislora.models.base import Family
 
@@ -18,6 +19,7 @@ from vislora.models.base import Family
 class LossOptions:
     """How the error counts. `min_snr_gamma` None: all timesteps alike. `noise_offset`: in units of the noise.
 
+    timesteps: which are drawn how often, for the images and for the priors.
     prior_weight, prior_share: of the difference to the base's prediction, where a batch has priors.
     """
 
@@ -25,6 +27,7 @@ class LossOptions:
     noise_offset: float = 0.0
     prior_weight: float = 1.0
     prior_share: float = 0.5
+    timesteps: Timesteps = AS_TRAINED
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ class DenoisingLoss(nn.Module):
         objective, device = self._family[0].objective, next(self.parameters()).device
         latents = latents.to(device)
         noise = self._noise(latents, generator)
-        t = objective.sample_t(latents.shape, generator).to(device)
+        t = objective.sample_t(latents.shape, generator, self._options.timesteps).to(device)
         return objective.add_noise(latents, noise, t), t, objective.target(latents, noise, t)
 
     def _beside(self, batch: Mapping[str, Any], of: str) -> dict[str, Tensor]:
