@@ -15,7 +15,7 @@ Distribution = Literal["uniform", "logit-normal"]
 
 @dataclass(frozen=True)
 class Timesteps:
-    """Which timesteps are trained how often. `distribution` None: as the base was trained.
+    """Which timesteps are trained how often. `distribution` None: the objective's usual one.
 
     `shift` moves them, beyond 1 towards noise, below towards the clean picture (Esser et al., arXiv 2403.03206,
     equation 23), on top of the shift that the objective may have.
@@ -48,7 +48,7 @@ class Objective(Protocol):
         ...
 
     def sample_t(self, shape: Sequence[int], generator: torch.Generator, how: Timesteps = AS_TRAINED) -> Tensor:
-        """Draw a timestep for each sample of latents of this shape, on the CPU."""
+        """Draw a timestep for each sample of latents of this shape, on the CPU. Default: as such bases are trained."""
         ...
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class Discrete:
     def sample_t(self, shape: Sequence[int], generator: torch.Generator, how: Timesteps = AS_TRAINED) -> Tensor:
         """Draw from all timesteps, uniformly unless `how` says otherwise."""
         count = len(self.alphas_cumprod)
-        if how == AS_TRAINED:
+        if how == AS_TRAINED:  # the very draws of diffusers' training scripts
             return torch.randint(count, (shape[0],), generator=generator)
         return (count * how.draw(shape[0], generator, "uniform")).long().clamp_max(count - 1)
 
