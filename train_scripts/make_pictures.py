@@ -79,6 +79,7 @@ def composition() -> Image.Image:
     rows: dict[str, list[Image.Image]] = {}
     for first, prompts in pairs.values():
         both = {first: 1.0, "ink": 1.0}
+        words = {name: WORDS[name] for name in both}
         ways: dict[str, list[Image.Image]] = {
             "first": row(prompts, {first: 1.0}),
             "ink": row(prompts, {"ink": 1.0}),
@@ -88,7 +89,7 @@ def composition() -> Image.Image:
             "composite": row(prompts, both, compose={"method": "composite"}),
             **{
                 f"{method}, by prompt": row(
-                    prompts, both, compose={"method": method, "by_prompt": True, "words": WORDS}
+                    prompts, both, compose={"method": method, "by_prompt": True, "words": words}
                 )
                 for method in ("switch", "composite")
             },
