@@ -312,11 +312,12 @@ def test_a_full_disk_while_the_adapter_is_saved(tmp_path, monkeypatch):
 
 
 def test_samples_go_on_too(tmp_path):
-    extra = {"loop__steps": 2, "sample__every": 2, "sample__prompts": ("a cat",)}
+    """The last ones are of the finished adapter, also where the steps are no multiple."""
+    extra = {"loop__steps": 3, "sample__every": 2, "sample__prompts": ("a cat",)}
     trained(tmp_path, output=tmp_path / "whole", **extra)
     stopped(config(tmp_path, **extra), after=1)
     trained(tmp_path, resume=True, **extra)
-    for name in ("000000.png", "000002.png"):
+    for name in ("000000.png", "000002.png", "000003.png"):
         with (
             Image.open(tmp_path / "whole" / "samples" / name) as a,
             Image.open(tmp_path / "run" / "samples" / name) as b,

@@ -125,7 +125,7 @@ class SampleConfig(Section):
     """Images made while training, with the adapter as it is by then."""
 
     every: int = Field(0, ge=0)
-    """Steps between samples; 0: none."""
+    """Steps between samples, the first before step 1 and the last at the end; 0: none."""
     prompts: tuple[str, ...] = ()
     """One image per prompt. Default: the captions of the first four images."""
     negative_prompt: str = ""

@@ -137,7 +137,7 @@ def _loop(job: Run) -> Generator[Record, None, None]:
             yield _progress(record, job.plan.steps, began, first)
             if loop.save_every and job.step % loop.save_every == 0 and job.step < job.plan.steps:
                 _checkpoint(job)
-            if sample.every and job.step % sample.every == 0:
+            if sample.every and (job.step % sample.every == 0 or job.step == job.plan.steps):
                 yield from _preview(job)
             if stop.requested:
                 break
