@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from vislora.reports.curve import draw_curves
 
 WARMUP = 0.02
 
@@ -61,19 +61,7 @@ def draw_curve(log: Path, what: str, figure: str, out: Path) -> None:
     """Draw one figure of a log over time, on a logarithmic scale, as a PNG."""
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []  # a short run has told nothing yet
     rows = [json.loads(line) for line in lines]
-    points = [(row["seconds"], row[figure]) for row in rows if row["what"] == what and row.get(figure, 0.0) > 0.0]
-    if len(points) < 2:
-        return
-    width, height, edge = 640, 320, 40
-    xs, ys = [x for x, _ in points], [math.log(y) for _, y in points]
-    image = Image.new("RGB", (width, height), "white")
-    brush = ImageDraw.Draw(image)
-    across, up = max(xs[-1] - xs[0], 1e-9), max(max(ys) - min(ys), 1e-9)
-    line = [
-        (edge + (x - xs[0]) / across * (width - 2 * edge), height - edge - (y - min(ys)) / up * (height - 2 * edge))
-        for x, y in zip(xs, ys, strict=True)
-    ]
-    brush.line(line, fill="#1f6feb", width=2)
-    brush.text((edge, 10), f"{what}: {figure} from {points[0][1]:.4g} to {points[-1][1]:.4g}", fill="black")
-    brush.text((edge, height - 25), f"{xs[0]:.0f} to {xs[-1]:.0f} seconds", fill="black")
-    image.save(out)
+    points = [(row["seconds"], row[figure]) for row in rows if row["what"] == what and figure in row]
+    image = draw_curves({f"{what}: {figure}": points}, "seconds")
+    if image:
+        image.save(out)

@@ -67,6 +67,9 @@ class DataConfig(Section):
     caption_dropout: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """The share of the time, 0 to 1, that an image is seen with the empty caption."""
 
+    held_out: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """The share of the images that is never trained on: the loss on them tells which step was the best."""
+
     cache: Path | None = None
     """Folder for latents and text features; without it, one beside the run."""
 

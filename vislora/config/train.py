@@ -102,6 +102,8 @@ class LoopConfig(Section):
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int = Field(2, ge=1)
     """How many of the last checkpoints are kept."""
+    validate_every: int = Field(50, ge=1)
+    """Steps between measurements of the loss on the images of `data.held_out`."""
     tensorboard: bool = False
     """Write TensorBoard events into the run folder (extra `tensorboard`). `log.jsonl` is always written."""
 

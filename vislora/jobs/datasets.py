@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,9 +15,10 @@ from vislora.data.cache import Cache, weights_fingerprint
 from vislora.data.dataset import TrainingSet, text_name
 from vislora.data.encode import View, cache_latents, cache_texts, views
 from vislora.data.pairs import find_sources, source_views
-from vislora.data.sampler import Batch, Sampler
+from vislora.data.sampler import Batch, Sampler, batches
 from vislora.data.scan import Example, ScanResult, scan
 from vislora.errors import ConfigError
+from vislora.jobs.held_out import Buckets, HeldOut, split
 from vislora.jobs.plan import Plan, images_at_once
 from vislora.jobs.priors import draw_priors, prior_captions, prior_views
 from vislora.jobs.run_folder import RunFolder
@@ -27,13 +29,14 @@ from vislora.records import Note, Record
 
 @dataclass(frozen=True)
 class Prepared:
-    """Examples with everything cached. `sources`: the image that each is made from, or none at all."""
+    """Examples to train on, with everything cached. `sources`: the image that each is made from, or none at all."""
 
     examples: list[Example]
     sources: list[Example]
     buckets: Mapping[Bucket, list[int]]
     dataset: TrainingSet
     sampler: Sampler
+    held_out: HeldOut
 
     def batches(self, process: int, processes: int) -> Iterator[dict[str, Any]]:
         """Yield this process' share of the batches, for ever."""
@@ -54,6 +57,42 @@ class Prepared:
 def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Record, None, Prepared]:
     """Scan the folder, sort into buckets, encode what the cache does not have. Raises `DataError`."""
     config, data = plan.config, plan.config.data
+    found, buckets = yield from _scanned(plan, family)
+    examples = found.examples
+    learned, held = split(examples, buckets, data.held_out, config.seed)
+    sources = yield from _sources(plan, family, found)
+    cache = Cache(data.cache or folder.root / "cache")
+    wanted = views(
+        examples,
+        buckets,
+        fingerprint=_image_fingerprint(family),
+        crop=data.crop,
+        flip=data.flip,
+        background=data.background_rgb,
+    )
+    shown = source_views(wanted, sources) if sources else None
+    at_once = images_at_once(plan.resolution)
+    priors = prior_captions([example.caption for example in _in(learned, examples)], config.prior)
+    drawn = yield from draw_priors(plan, family, folder, priors)
+    kept = prior_views(drawn, plan, family, _image_fingerprint(family))
+    with vae_as(family, torch.float32):
+        yield from cache_latents(cache, [*wanted, *(shown or []), kept], family.encode_image, batch_size=at_once)
+    seen = shown if family.traits.source == "latents and text" else None
+    keys = None
+    if not config.adapter.text_encoders:
+        keys = yield from _cache_texts(cache, family, _texts(wanted, seen, priors))
+    make = partial(TrainingSet, cache, wanted, keys, seed=config.seed, sources=shown, seen=seen is not None)
+    dataset = make(caption_dropout=data.caption_dropout, priors=priors, prior_views=kept)
+    sampler = Sampler(learned, plan.batch_size, config.seed, data.repeats)
+    held_out = HeldOut(_in(held, examples), _in(held, sources), make(), batches(held, plan.batch_size, config.seed, 0))
+    if held:
+        yield Note(f"{len(held_out.examples)} of {len(examples)} images are held out; the loss on them is measured")
+    return Prepared(_in(learned, examples), _in(learned, sources), learned, dataset, sampler, held_out)
+
+
+def _scanned(plan: Plan, family: Family) -> Generator[Note, None, tuple[ScanResult, dict[Bucket, list[int]]]]:
+    """Return what is in the folder, and its buckets; say what is odd about either."""
+    data = plan.config.data
     found = scan(
         data.folder,
         captions=data.captions,
@@ -69,40 +108,14 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
     for line in [*found.notes, *bucket_notes(found.examples, buckets), *bucket_summary(buckets)]:
         yield Note(line)
     yield from _told(family, found.examples)
-    sources = yield from _sources(plan, family, found)
-    cache = Cache(data.cache or folder.root / "cache")
-    wanted = views(
-        found.examples,
-        buckets,
-        fingerprint=_image_fingerprint(family),
-        crop=data.crop,
-        flip=data.flip,
-        background=data.background_rgb,
-    )
-    shown = source_views(wanted, sources) if sources else None
-    at_once = images_at_once(plan.resolution)
-    priors = prior_captions([example.caption for example in found.examples], config.prior)
-    drawn = yield from draw_priors(plan, family, folder, priors)
-    kept = prior_views(drawn, plan, family, _image_fingerprint(family))
-    with vae_as(family, torch.float32):
-        yield from cache_latents(cache, [*wanted, *(shown or []), kept], family.encode_image, batch_size=at_once)
-    seen = shown if family.traits.source == "latents and text" else None
-    keys = None
-    if not config.adapter.text_encoders:
-        keys = yield from _cache_texts(cache, family, _texts(wanted, seen, priors))
-    dataset = TrainingSet(
-        cache,
-        wanted,
-        keys,
-        seed=config.seed,
-        caption_dropout=data.caption_dropout,
-        priors=priors,
-        prior_views=kept,
-        sources=shown,
-        seen=seen is not None,
-    )
-    sampler = Sampler(buckets, plan.batch_size, config.seed, data.repeats)
-    return Prepared(found.examples, sources, buckets, dataset, sampler)
+    return found, buckets
+
+
+def _in(buckets: Buckets, examples: Sequence[Example]) -> list[Example]:
+    """Return those of the `examples` that are in the `buckets`, in their order; of none there are none."""
+    if not examples:
+        return []
+    return [examples[index] for index in sorted(index for indices in buckets.values() for index in indices)]
 
 
 def _sources(plan: Plan, family: Family, found: ScanResult) -> Generator[Record, None, list[Example]]:

@@ -18,7 +18,7 @@ from vislora.training.checkpoints import checkpoints, load_checkpoint
 # what may change between a run and its continuation: none of it touches what a step computes
 FREE = ("output", "name", "format", "save_precision", "resume", "overwrite", "device", "sample.", "data.cache")
 FREE_DATA = ("data.folder", "data.skip_bad", "data.allow_missing_captions")
-FREE_LOOP = ("loop.steps", "loop.save_every", "loop.keep_checkpoints", "loop.tensorboard")
+FREE_LOOP = ("loop.steps", "loop.save_every", "loop.keep_checkpoints", "loop.validate_every", "loop.tensorboard")
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,19 @@ class RunFolder:
         return self.root / "priors"
 
     @property
+    def best(self) -> Path:
+        """Folder of the adapter that did best on the held-out images."""
+        return self.root / "best"
+
+    @property
     def log(self) -> Path:
-        """One JSON line per step."""
+        """One JSON line per step, and per measurement on the held-out images."""
         return self.root / "log.jsonl"
+
+    @property
+    def curve(self) -> Path:
+        """The losses over the steps, as a picture."""
+        return self.root / "loss.png"
 
     @property
     def config(self) -> Path:
@@ -58,10 +68,13 @@ class RunFolder:
         """Where accelerate writes TensorBoard events."""
         return self.root / "tensorboard"
 
-    def adapter(self, format: str, step: int | None = None) -> Path:
-        """Return where the adapter goes: a file, or a folder for PEFT; with `step`, the one of a checkpoint."""
+    def adapter(self, format: str, step: int | None = None, folder: Path | None = None) -> Path:
+        """Return where the adapter goes: a file, or a folder for PEFT; with `step`, the one of that step.
+
+        folder: default the run's, with `step` that of the checkpoints.
+        """
         stem = self.name if step is None else f"{self.name}-{step:06d}"
-        folder = self.root if step is None else self.checkpoints
+        folder = folder or (self.root if step is None else self.checkpoints)
         return folder / (stem if format == "peft" else f"{stem}.safetensors")
 
 
@@ -114,10 +127,17 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key not in free and not key.startswith(FREE)}
 
 
+def keep_only(kept: Path) -> None:
+    """Delete what lies beside `kept`, the best adapter by now: those that were the best before it."""
+    for path in kept.parent.iterdir():
+        if path != kept:
+            _remove(path)
+
+
 def cut_log(path: Path, step: int) -> None:
     """Drop the lines of a log that are past `step`: the steps after a checkpoint are done again."""
     if path.is_file():
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        kept = [line for line in path.read_text().splitlines() if step and _step_of(line) <= step]
         write_text(path, "".join(f"{line}\n" for line in kept))
 
 
@@ -130,12 +150,16 @@ def _step_of(line: str) -> int:
 
 
 def _clear(folder: RunFolder, format: str) -> None:
-    parts = (folder.checkpoints, folder.samples, folder.tensorboard, folder.log, folder.config)
-    for path in (*parts, folder.adapter(format)):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    folders = (folder.checkpoints, folder.samples, folder.tensorboard, folder.best)
+    for path in (*folders, folder.log, folder.curve, folder.config, folder.adapter(format)):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:

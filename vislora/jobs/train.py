@@ -6,29 +6,29 @@ import json
 import os
 import time
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from vislora import formats
 from vislora.config.train import TrainConfig
 from vislora.data.scan import dataset_hash
 from vislora.diffusion import Timesteps
-from vislora.errors import ConfigError, VisloraError, listed, missing_extra
+from vislora.errors import ConfigError, VisloraError, listed
 from vislora.formats.adapter_file import AdapterFile
-from vislora.formats.names import FAMILY_NAMES
 from vislora.formats.writing import unwritable
-from vislora.inject.injection import AdapterSet, FreshOptions, eject, inject_fresh, summary
-from vislora.inject.parts import Dropout
-from vislora.inject.targets import Target, select
+from vislora.inject.injection import AdapterSet, summary
+from vislora.inject.targets import Target
+from vislora.jobs.accelerated import accelerated
 from vislora.jobs.adapter_files import Trained, adapter_file, modules_of
+from vislora.jobs.curves import draw_losses
 from vislora.jobs.datasets import Prepared, prepare_data
-from vislora.jobs.devices import DTYPES, free_bytes, pick_device, pick_precision
+from vislora.jobs.devices import DTYPES, free_bytes, pick_precision
+from vislora.jobs.fresh import chosen_layers, fresh_options, injected
+from vislora.jobs.held_out import told
 from vislora.jobs.memory import Step, estimate, memory_notes
 from vislora.jobs.plan import Plan, make_plan
 from vislora.jobs.previews import preview
@@ -37,6 +37,7 @@ from vislora.jobs.recipes import base_hash
 from vislora.jobs.run_folder import (
     RunFolder,
     begin,
+    keep_only,
     open_folder,
     require_same,
     require_same_contents,
@@ -49,9 +50,7 @@ from vislora.training.interrupt import stop_on_signal
 from vislora.training.loop import LoopOptions, StepRecord, fit
 from vislora.training.loss import DenoisingLoss, LossOptions
 from vislora.training.optim import ParameterGroup, make_optimizer
-
-FRESH = "training"
-"""What the adapter is called on the model while it trains."""
+from vislora.training.validation import Measured, lowest, validation_loss
 
 
 @dataclass
@@ -68,20 +67,35 @@ class Run:
     optimizer: torch.optim.Optimizer
     about: Trained
     step: int = 0
+    measured: list[Measured] = field(default_factory=list)
 
     @property
     def config(self) -> TrainConfig:
         """The resolved settings."""
         return self.plan.config
 
+    @property
+    def best(self) -> Path | None:
+        """The adapter that did best on the held-out images so far."""
+        found = lowest(self.measured)
+        return self.folder.adapter(self.config.format, found.step, self.folder.best) if found else None
+
+    def due(self, every: int) -> bool:
+        """Say whether something that is done at the start, after so many steps and at the end is due; 0: never."""
+        return bool(every) and (self.step % every == 0 or self.step == self.plan.steps)
+
 
 @dataclass(frozen=True)
 class TrainedAdapter:
-    """What `train` returns. `step`: the last one done; `finished`: False when the run was stopped before its end."""
+    """What `train` returns. `step`: the last one done; `finished`: False when the run was stopped before its end.
+
+    best: the adapter of the step that did best on the held-out images, if there are any.
+    """
 
     path: Path
     step: int
     finished: bool
+    best: Path | None = None
 
 
 def train(**settings: Any) -> TrainedAdapter:
@@ -96,16 +110,16 @@ def run(config: TrainConfig) -> Iterator[Record]:
     """
     started = time.time()
     folder, state = open_folder(config)
-    with _accelerated(config, folder) as accelerator:
+    with accelerated(config, folder) as accelerator:
         family = _load_base(config, accelerator)
         plan = make_plan(config, family.traits, accelerator.mixed_precision)
         if state is not None:
             require_same(plan.config, folder, state)
         data = yield from prepare_data(plan, family, folder)
         about = Trained(family, base_hash(config.base, config.base_parts), data.examples, data.buckets, started)
-        chosen = _chosen(config, family)
+        chosen = chosen_layers(config, family)
         yield from _memory(plan, family, data, chosen, accelerator.device)
-        with _injected(config, family, chosen) as adapters:
+        with injected(config, family, chosen) as adapters:
             _require_writable(adapters, plan, family)
             for line in summary(family.components, adapters):
                 yield Note(line)
@@ -121,13 +135,14 @@ def run(config: TrainConfig) -> Iterator[Record]:
 
 def _loop(job: Run) -> Generator[Record, None, None]:
     """Run the steps, with checkpoints and samples between them; always end with a checkpoint and the adapter file."""
-    loop, sample = job.config.loop, job.config.sample
+    loop = job.config.loop
     if job.accelerator.is_main_process:
         begin(job.config, job.folder, job.step)
     if loop.tensorboard:
         # the steps after the checkpoint are done again: TensorBoard hides what an earlier run wrote of them
         job.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": job.step + 1}})
-    if sample.every and job.step == 0:
+    if job.step == 0:
+        yield from _validate(job)
         yield from _preview(job)
     began, first = time.perf_counter(), job.step
     with stop_on_signal() as stop:
@@ -135,10 +150,10 @@ def _loop(job: Run) -> Generator[Record, None, None]:
             job.step = record.step
             _log(job, record)
             yield _progress(record, job.plan.steps, began, first)
+            yield from _validate(job)
             if loop.save_every and job.step % loop.save_every == 0 and job.step < job.plan.steps:
                 _checkpoint(job)
-            if sample.every and (job.step % sample.every == 0 or job.step == job.plan.steps):
-                yield from _preview(job)
+            yield from _preview(job)
             if stop.requested:
                 break
     _checkpoint(job)
@@ -170,107 +185,6 @@ def _load_base(config: TrainConfig, accelerator: Accelerator) -> Family:
     return family
 
 
-@contextmanager
-def _accelerated(config: TrainConfig, folder: RunFolder) -> Iterator[Accelerator]:
-    """Give the accelerator, and leave none of its global state behind: a process may train again with another."""
-    processes = 1
-    try:
-        accelerator = _accelerator(config, folder)
-        processes = accelerator.num_processes
-        try:
-            yield accelerator
-        finally:
-            accelerator.end_training()
-    finally:
-        if processes == 1:
-            AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def _accelerator(config: TrainConfig, folder: RunFolder) -> Accelerator:
-    device = pick_device(config.device)
-    precision = pick_precision(config.loop.mixed_precision, device)
-    if precision == "fp16" and device.type == "cpu":
-        raise ConfigError("loop.mixed_precision: fp16 needs a GPU; use no or bf16 on a CPU")
-    trackers = "tensorboard" if config.loop.tensorboard else None
-    if trackers:
-        _require_tensorboard()
-    return Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision,
-        gradient_accumulation_steps=config.loop.gradient_accumulation,
-        cpu=device.type == "cpu",
-        log_with=trackers,
-        project_dir=folder.root,
-    )
-
-
-def _require_tensorboard() -> None:
-    try:
-        import tensorboard  # noqa: F401
-    except ImportError:
-        raise missing_extra("tensorboard", "tensorboard", "loop.tensorboard") from None
-
-
-@contextmanager
-def _injected(
-    config: TrainConfig, family: Family, chosen: Mapping[str, Mapping[str, Target]]
-) -> Iterator[dict[str, AdapterSet]]:
-    """Give fresh adapters on the denoiser and, when asked for, on every text encoder, with all the rest frozen.
-
-    They are taken off at the end, and when one of the components could not have its adapter.
-    """
-    options = _fresh_options(config)
-    adapters: dict[str, AdapterSet] = {}
-    try:
-        for name, layers in chosen.items():
-            adapters[name] = inject_fresh(family.components[name], FRESH, layers, options)
-        yield adapters
-    finally:
-        for name in adapters:
-            eject(family.components[name], FRESH)
-
-
-def _chosen(config: TrainConfig, family: Family) -> dict[str, dict[str, Target]]:
-    """Return component -> path -> target of every layer that is trained."""
-    adapter = config.adapter
-    default = Target("", adapter.rank, adapter.alpha, adapter.algorithm)
-    targets = [
-        Target(
-            item.pattern,
-            adapter.rank if item.rank is None else item.rank,
-            adapter.alpha if item.alpha is None else item.alpha,
-            item.algorithm or adapter.algorithm,
-        )
-        for item in adapter.targets
-    ]
-    chosen = {"denoiser": select(family.components["denoiser"], targets, adapter.preset, default)}
-    if adapter.text_encoders:
-        for component in _text_encoders(family):
-            chosen[component] = select(family.components[component], [], "attention-ff", default)
-    return chosen
-
-
-def _text_encoders(family: Family) -> list[str]:
-    """Return those that adapter files of this family have a place for. Raises `ConfigError` when there is none."""
-    named = FAMILY_NAMES[family.card.name].tables
-    found = [component for component in family.components if component != "denoiser" and component in named]
-    if not found:
-        name = family.card.name
-        raise ConfigError(f"adapter.text_encoders: no program reads adapters for the text encoder of '{name}'")
-    return found
-
-
-def _fresh_options(config: TrainConfig) -> FreshOptions:
-    adapter = config.adapter
-    return FreshOptions(
-        tucker=adapter.tucker,
-        init=adapter.init,
-        rule="alpha/sqrt(r)" if adapter.rank_stabilized else "alpha/r",
-        dropout=Dropout(adapter.dropout, adapter.rank_dropout, adapter.module_dropout),
-        dora=adapter.dora,
-        seed=config.seed,
-    )
-
-
 def _loss_options(config: TrainConfig) -> LossOptions:
     loop, prior = config.loop, config.prior
     timesteps = Timesteps(loop.timesteps, loop.timestep_shift)
@@ -282,7 +196,7 @@ def _memory(
 ) -> Iterator[Note]:
     """Say what memory the run takes, and whether the device has it."""
     config = plan.config
-    options = _fresh_options(config), _loss_options(config)
+    options = fresh_options(config), _loss_options(config)
     try:
         found = estimate(family, Step(chosen, *options, data.largest_batch(), config.optimizer.name))
     except VisloraError:
@@ -330,13 +244,18 @@ def _restore(job: Run, state: Mapping[str, Any]) -> None:
     job.optimizer.load_state_dict(state["optimizer"])
     job.data.sampler.restore(state["sampler"])
     job.step = int(state["step"])
+    job.measured = [Measured(*one) for one in state.get("measured", ())]  # older checkpoints have none
 
 
 def _contents(job: Run) -> dict[str, str]:
     """Return name -> hash of all that a step reads beside the settings."""
     data = job.config.data
-    images = {_within(example.path, data.folder): dataset_hash([example]) for example in job.data.examples}
-    sources = {f"source {_within(source.path, data.sources)}": source.sha256 for source in job.data.sources}
+    examples = [*job.data.examples, *job.data.held_out.examples]
+    images = {_within(example.path, data.folder): dataset_hash([example]) for example in examples}
+    sources = {
+        f"source {_within(source.path, data.sources)}": source.sha256
+        for source in [*job.data.sources, *job.data.held_out.sources]
+    }
     return {"the base model": job.about.base_hash, **images, **sources}
 
 
@@ -354,12 +273,32 @@ def _checkpoint(job: Run) -> None:
         "sampler": job.data.sampler.state(),
         "adapters": job.accelerator.unwrap_model(job.module).state_dict(),
         "optimizer": job.optimizer.state_dict(),
+        "measured": [list(one) for one in job.measured],
     }
     save_checkpoint(job.folder.checkpoints, job.step, state, job.config.loop.keep_checkpoints)
+    if job.best:  # only now: until here a resumed run would have gone on with the one before
+        keep_only(job.best)
+    draw_losses(job.folder.log, job.folder.curve)
+
+
+def _validate(job: Run) -> Iterator[Note]:
+    """Measure the loss on the held-out images; save the adapter where it is the lowest so far."""
+    held_out = job.data.held_out
+    if not held_out.examples or not job.due(job.config.loop.validate_every):
+        return
+    # in every process alike: the others would but wait for the first
+    loss = validation_loss(job.accelerator.unwrap_model(job.module), held_out.batches(), job.config.seed)
+    job.measured.append(Measured(job.step, loss))
+    if job.accelerator.is_main_process:
+        _append(job.folder.log, {"step": job.step, "validation_loss": loss})
+        if job.best and lowest(job.measured) == job.measured[-1]:
+            _save(job, job.best)
+        yield Note(told(job.measured))
+    job.accelerator.log({"validation_loss": loss}, step=job.step)
 
 
 def _preview(job: Run) -> Iterator[Note]:
-    if job.accelerator.is_main_process:
+    if job.accelerator.is_main_process and job.due(job.config.sample.every):
         path = job.folder.samples / f"{job.step:06d}.png"
         captions = [example.caption for example in job.data.examples[:4]]
         sources = [source.path for source in job.data.sources[:4]]
@@ -372,17 +311,28 @@ def _finish(job: Run) -> Generator[Record, None, None]:
     config, finished = job.config, job.step >= job.plan.steps
     path = job.folder.adapter(config.format, None if finished else job.step)
     if job.accelerator.is_main_process:
-        formats.save(adapter_file(job.adapters, job.plan, job.about, job.folder.name, job.step), path, config.format)
+        _save(job, path)
     text = f"adapter: {path}"
+    if job.best:
+        text += f"\n{told(job.measured)}; the best: {job.best}"
     if not finished:
         text = f"stopped at step {job.step} of {job.plan.steps}; go on with --resume\n{text}"
-    yield Done(TrainedAdapter(path, job.step, finished), text, 0 if finished else 130)
+    yield Done(TrainedAdapter(path, job.step, finished, job.best), text, 0 if finished else 130)
+
+
+def _save(job: Run, path: Path) -> None:
+    made = adapter_file(job.adapters, job.plan, job.about, job.folder.name, job.step)
+    formats.save(made, path, job.config.format)
+
+
+def _append(log: Path, values: Mapping[str, Any]) -> None:
+    with open(log, "a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
 
 
 def _log(job: Run, record: StepRecord) -> None:
     if job.accelerator.is_main_process:
-        with open(job.folder.log, "a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(record)) + "\n")
+        _append(job.folder.log, asdict(record))
     values = {"loss": record.loss, "learning_rate": record.learning_rate, "grad_norm": record.grad_norm}
     job.accelerator.log(values, step=record.step)
 

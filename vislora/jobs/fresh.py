@@ -1,0 +1,79 @@
+"""Fresh adapters on the components of a base, as the settings of a training run say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from vislora.config.train import TrainConfig
+from vislora.errors import ConfigError
+from vislora.formats.names import FAMILY_NAMES
+from vislora.inject.injection import AdapterSet, FreshOptions, eject, inject_fresh
+from vislora.inject.parts import Dropout
+from vislora.inject.targets import Target, select
+from vislora.models.base import Family
+
+FRESH = "training"
+"""What the adapter is called on the model while it trains."""
+
+
+@contextmanager
+def injected(
+    config: TrainConfig, family: Family, chosen: Mapping[str, Mapping[str, Target]]
+) -> Iterator[dict[str, AdapterSet]]:
+    """Give fresh adapters on the denoiser and, when asked for, on every text encoder, with all the rest frozen.
+
+    They are taken off at the end, and when one of the components could not have its adapter.
+    """
+    options = fresh_options(config)
+    adapters: dict[str, AdapterSet] = {}
+    try:
+        for name, layers in chosen.items():
+            adapters[name] = inject_fresh(family.components[name], FRESH, layers, options)
+        yield adapters
+    finally:
+        for name in adapters:
+            eject(family.components[name], FRESH)
+
+
+def chosen_layers(config: TrainConfig, family: Family) -> dict[str, dict[str, Target]]:
+    """Return component -> path -> target of every layer that is trained."""
+    adapter = config.adapter
+    default = Target("", adapter.rank, adapter.alpha, adapter.algorithm)
+    targets = [
+        Target(
+            item.pattern,
+            adapter.rank if item.rank is None else item.rank,
+            adapter.alpha if item.alpha is None else item.alpha,
+            item.algorithm or adapter.algorithm,
+        )
+        for item in adapter.targets
+    ]
+    chosen = {"denoiser": select(family.components["denoiser"], targets, adapter.preset, default)}
+    if adapter.text_encoders:
+        for component in _text_encoders(family):
+            chosen[component] = select(family.components[component], [], "attention-ff", default)
+    return chosen
+
+
+def _text_encoders(family: Family) -> list[str]:
+    """Return those that adapter files of this family have a place for. Raises `ConfigError` when there is none."""
+    named = FAMILY_NAMES[family.card.name].tables
+    found = [component for component in family.components if component != "denoiser" and component in named]
+    if not found:
+        name = family.card.name
+        raise ConfigError(f"adapter.text_encoders: no program reads adapters for the text encoder of '{name}'")
+    return found
+
+
+def fresh_options(config: TrainConfig) -> FreshOptions:
+    """Return how the settings want fresh adapters to be made."""
+    adapter = config.adapter
+    return FreshOptions(
+        tucker=adapter.tucker,
+        init=adapter.init,
+        rule="alpha/sqrt(r)" if adapter.rank_stabilized else "alpha/r",
+        dropout=Dropout(adapter.dropout, adapter.rank_dropout, adapter.module_dropout),
+        dora=adapter.dora,
+        seed=config.seed,
+    )
