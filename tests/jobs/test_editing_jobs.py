@@ -77,7 +77,7 @@ def test_the_source_decides_what_is_learnt(root, monkeypatch):
         (root / "others").mkdir(exist_ok=True)
         for path in (root / "sources").glob("*.png"):
             Image.new("RGB", (24, 24), "black").save(root / "others" / path.name)
-        value, _ = trained(root, "flux-kontext", data__sources=root / name, output=root / name, loop__steps=2)
+        value, _ = trained(root, "flux-kontext", data__sources=root / name, output=root / f"run-{name}", loop__steps=2)
         found[name] = value.path.read_bytes()
     assert found["sources"] != found["others"]
 

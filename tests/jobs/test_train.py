@@ -55,6 +55,7 @@ def test_training_gives_an_adapter_with_every_layer(family, tmp_path):
         "checkpoints",
         "config.toml",
         "log.jsonl",
+        "loss.png",
         "run.safetensors",
     ]
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]

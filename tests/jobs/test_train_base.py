@@ -11,6 +11,7 @@ from tests.inject.helpers import require_equal_states
 from tests.jobs.train_helpers import config, trained
 from vislora.errors import AdapterMismatchError, ConfigError
 from vislora.inject.injection import inject_fresh
+from vislora.jobs import fresh
 from vislora.models.base import load_family
 from vislora.records import Done, Progress
 
@@ -31,11 +32,11 @@ def bases(monkeypatch):
 
 
 def require_as_loaded(base, family):
-    fresh = load_family(tiny.saved(family), torch.float32, CPU)
+    unchanged = load_family(tiny.saved(family), torch.float32, CPU)
     for component, module in base.components.items():
-        require_equal_states(module.state_dict(), fresh.components[component].state_dict())
+        require_equal_states(module.state_dict(), unchanged.components[component].state_dict())
         assert [type(layer) for layer in module.modules()] == [
-            type(layer) for layer in fresh.components[component].modules()
+            type(layer) for layer in unchanged.components[component].modules()
         ]
         assert not any("vislora" in key for layer in module.modules() for key in layer.__dict__)
 
@@ -53,7 +54,7 @@ def test_a_component_that_cannot_have_its_adapter_leaves_none_on_the_others(fail
             raise AdapterMismatchError("a layer has a forward of its own")
         return inject_fresh(model, *rest)
 
-    monkeypatch.setattr(job, "inject_fresh", inject)
+    monkeypatch.setattr(fresh, "inject_fresh", inject)
     with pytest.raises(AdapterMismatchError, match="of its own"):
         trained(tmp_path, "sd3", adapter__text_encoders=True)
     require_as_loaded(bases[0], "sd3")

@@ -162,6 +162,20 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     assert steps_in(tmp_path / "run" / "log.jsonl") == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("place", ["images", "images/run", "images/../images/sub/run", "sources/run"])
+def test_no_run_among_its_images(place, tmp_path):
+    image_folder(tmp_path / "sources")
+    with pytest.raises(ConfigError, match=r"lies in data\.(folder|sources), where its pictures count as images"):
+        trained(tmp_path, "flux-kontext", data__sources=tmp_path / "sources", output=tmp_path / place)
+    assert not (tmp_path / "images" / "run").exists()
+
+
+def test_a_run_below_its_images_where_subfolders_are_not_read(tmp_path):
+    value, _ = trained(tmp_path, output=tmp_path / "images" / "run", data__recursive=False)
+    again, _ = trained(tmp_path, output=tmp_path / "images" / "run", data__recursive=False, resume=True)
+    assert value == again
+
+
 def test_a_folder_with_a_run_is_not_touched_unasked(tmp_path):
     first, _ = trained(tmp_path)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -350,7 +364,7 @@ def two_processes(tmp_path, turns, processes=2, state=None):
         sampler = Sampler({(16, 16): list(range(7))}, 2, seed=0)
         if state is not None:
             sampler.restore(state)
-        shares.append(Prepared([], [], {}, Names(), sampler).batches(process, processes))
+        shares.append(Prepared([], [], {}, Names(), sampler, None).batches(process, processes))
         samplers.append(sampler)
     taken = [tuple(next(share) for share in shares) for _ in range(turns)]
     return taken, [sampler.state() for sampler in samplers]

@@ -81,15 +81,25 @@ class RunFolder:
 def open_folder(config: TrainConfig) -> tuple[RunFolder, dict[str, Any] | None]:
     """Return the run folder and, for a run that goes on, the state of its last checkpoint.
 
-    Nothing is changed yet. Raises `ConfigError` when the folder holds a run (or an adapter of this name) and neither
-    `resume` nor `overwrite` is set, and when the run goes on and cannot.
+    Nothing is changed yet. Raises `ConfigError` when the folder lies among the images, when it holds a run (or an
+    adapter of this name) and neither `resume` nor `overwrite` is set, and when the run goes on and cannot.
     """
+    _require_apart(config.output, config.data)
     folder = RunFolder(config.output, config.name or config.output.name)
     found = checkpoints(folder.checkpoints)
     used = found or folder.config.exists() or folder.adapter(config.format).exists()
     if used and not config.resume and not config.overwrite:
         raise ConfigError(f"{folder.root} holds a run already: --resume goes on with it, --overwrite starts anew")
     return folder, load_checkpoint(found[-1]) if config.resume and found else None
+
+
+def _require_apart(output: Path, data: DataConfig) -> None:
+    """Raise `ConfigError` where the pictures that a run writes would be taken for images to train on."""
+    place = output.expanduser().resolve()
+    for name, folder in (("data.folder", data.folder), ("data.sources", data.sources)):
+        above = folder and folder.expanduser().resolve()
+        if above and (place == above or (data.recursive and above in place.parents)):
+            raise ConfigError(f"output: {output} lies in {name}, where its pictures count as images; choose another")
 
 
 def require_same(config: TrainConfig, folder: RunFolder, state: dict[str, Any]) -> None:
