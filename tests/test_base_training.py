@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -149,10 +150,11 @@ class Killed(Exception):
 @pytest.mark.parametrize("name", ["sd", "sd3"])
 def test_a_training_that_was_killed_goes_on_as_if_it_had_not_been(name, tmp_path, monkeypatch):
     import base.denoiser
+    import base.progress
     from base.progress import Budget
     from train_base import LAYOUTS
 
-    monkeypatch.setattr(base.denoiser, "SAVE_EVERY", {"cpu": 0.0})
+    monkeypatch.setattr(base.progress, "SAVE_EVERY", {"cpu": 0.0})
     layout, shown = LAYOUTS[name], pictures()
     words = tokenizer(tmp_path, layout.length)
     moments = torch.cat([torch.randn(6, 4, 16, 16), torch.full((6, 4, 16, 16), -9.0)], 1)
@@ -166,10 +168,46 @@ def test_a_training_that_was_killed_goes_on_as_if_it_had_not_been(name, tmp_path
         folder.mkdir(exist_ok=True)
         torch.manual_seed(0)
         training = base.denoiser.Training(layout, layout.model(words), Accelerator(cpu=True), folder / "state.pt")
-        budget = Budget(3, folder / "log.jsonl", "denoiser", *training.resume())
+        budget = Budget(3, folder / "log.jsonl", "denoiser")
+        training.resume(budget)
         base.denoiser.train_denoiser(training, examples, budget, 2, exported)
         return training.average.model.state_dict()
 
+    once = run(tmp_path / "once", None)
+    with pytest.raises(Killed):
+        run(tmp_path / "twice", 2)
+    twice = run(tmp_path / "twice", None)
+    assert all(torch.equal(once[key], twice[key]) for key in once)
+
+
+@pytest.mark.parametrize("part", ["vae", "decoder"])
+def test_a_vae_whose_training_was_killed_goes_on_as_if_it_had_not_been(part, tmp_path, monkeypatch):
+    import base.progress
+    import base.vae
+    from base.parts import make_vae
+
+    monkeypatch.setattr(base.progress, "SAVE_EVERY", {"cpu": 0.0})
+    save, shown = base.vae.save_state, pictures().pixels
+    moments = torch.cat([torch.randn(6, 4, 16, 16), torch.full((6, 4, 16, 16), -9.0)], 1)
+
+    def run(folder, until):
+        def killed(state, parts, budget):
+            save(state, parts, budget)
+            if budget.step == until:
+                raise Killed
+
+        monkeypatch.setattr(base.vae, "save_state", killed)
+        torch.manual_seed(0)
+        vae, budget = make_vae(), base.progress.Budget(4, folder / "log.jsonl", part)
+        given = (budget, Accelerator(cpu=True), 2, folder / "state.pt")
+        if part == "vae":
+            base.vae.train_vae(vae, shown, *given)
+        else:
+            base.vae.finish_decoder(vae, moments, shown, *given)
+        return vae.state_dict()
+
+    for name in ("once", "twice"):
+        (tmp_path / name).mkdir()
     once = run(tmp_path / "once", None)
     with pytest.raises(Killed):
         run(tmp_path / "twice", 2)
@@ -257,6 +295,18 @@ def test_what_a_training_cannot_start_from_is_told_before_it_begins(layout, star
         train_base.main()
     assert told in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_what_was_told_twice_is_drawn_once(tmp_path, monkeypatch):
+    import base.progress
+
+    drawn = []
+    monkeypatch.setattr(base.progress, "draw_curves", lambda lines, across: drawn.append(lines))
+    rows = [("vae", 1, 9.0), ("vae", 2, 8.0), ("vae", 3, 7.0), ("vae", 2, 6.0), ("decoder", 1, 5.0), ("vae", 4, 4.0)]
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps({"what": what, "step": step, "loss": loss}) + "\n" for what, step, loss in rows))
+    base.progress.draw_curve(log, "vae", "loss", tmp_path / "curve.png")
+    assert drawn == [{"vae: loss": [(1, 9.0), (2, 6.0), (4, 4.0)]}]
 
 
 def test_a_run_that_told_nothing_has_no_curve(tmp_path):

@@ -3,9 +3,9 @@
     python train_scripts/make_base_data.py --out base-data.npz
     python train_scripts/train_base.py --data base-data.npz --out runs/base
 
-First the vocabulary, then the VAE, then its decoder alone, then denoiser and text encoder together. What is finished is
-kept in OUT, so the same command goes on where it was stopped. `OUT/base` is the diffusers folder; it is written while
-the last part trains.
+First the vocabulary, then the VAE, then its decoder alone, then denoiser and text encoder together. The state of each
+training is written every few minutes, so the same command goes on where it was stopped. `OUT/base` is the diffusers
+folder; it is written while the last part trains.
 """
 
 from __future__ import annotations
@@ -68,6 +68,10 @@ class Place:
         """Return the file of the VAE with the finished decoder."""
         return self.folder / "vae-finished.safetensors"
 
+    def state(self, what: str) -> Path:
+        """Return the file of the state of the training of `what`."""
+        return self.folder / f"{what}-state.pt"
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -104,15 +108,16 @@ def settled_vae(
         return vae.eval()
     if start:
         vae.load_state_dict(AutoencoderKL.from_pretrained(start / "vae").state_dict())
-    train_vae(vae, pictures.pixels.to(accelerator.device), budget, accelerator, batch)
-    keep(vae, place.vae)
+    train_vae(vae, pictures.pixels.to(accelerator.device), budget, accelerator, batch, place.state("vae"))
+    keep(vae, place.vae, place.state("vae"))
     return vae
 
 
-def keep(vae: AutoencoderKL, path: Path) -> None:
-    """Write the weights of `vae` aside, then put them in place."""
+def keep(vae: AutoencoderKL, path: Path, state: Path) -> None:
+    """Write the weights of `vae` aside, then put them in place of the state of its training."""
     with replacing(path) as temporary:
         save_file({key: value.contiguous().cpu() for key, value in vae.state_dict().items()}, temporary)
+    state.unlink(missing_ok=True)
 
 
 def export(place: Place, layout: Layout, vae: AutoencoderKL, styles: list[str], model: nn.Module) -> None:
@@ -159,16 +164,17 @@ def run(place: Place, images: Counts, chosen: argparse.Namespace) -> None:
     moments = encode(vae, pixels)
     if not place.decoder.exists():
         budget = Budget(images.decoder // at_once.decoder, place.log, "decoder")
-        finish_decoder(vae, moments, pixels, budget, accelerator, at_once.decoder)
-        keep(vae, place.decoder)
+        finish_decoder(vae, moments, pixels, budget, accelerator, at_once.decoder, place.state("decoder"))
+        keep(vae, place.decoder, place.state("decoder"))
     vae.load_state_dict(load_file(place.decoder))
     examples = Examples(moments, trained, tokenizer, vae.config.scaling_factor, layout.texts)
     set_seed(0)
     model = layout.model(tokenizer)
     if chosen.start:
         start_from(chosen.start, layout.parts(model))
-    training = Training(layout, model, accelerator, place.folder / "state.pt", chosen.rate)
-    budget = Budget(images.denoiser // at_once.denoiser, place.log, "denoiser", *training.resume())
+    training = Training(layout, model, accelerator, place.state("denoiser"), chosen.rate)
+    budget = Budget(images.denoiser // at_once.denoiser, place.log, "denoiser")
+    training.resume(budget)
     print(f"{len(moments)} pictures, {at_once.denoiser} at once, on {accelerator.device}", flush=True)
     if accelerator.device.type == "cuda" if chosen.compile is None else chosen.compile:
         reason = training.compile(examples, at_once.denoiser)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,12 +17,11 @@ from transformers import CLIPTokenizer
 from base.layout import Layout, Noised
 from base.pictures import Pictures, draw_forms
 from base.progress import Budget
+from base.state import load_state, save_state
 from base.vae import sampled
 
 RATE, CLIP = 1.2e-3, 1.0
 AVERAGE = 0.999
-SAVE_EVERY = {"cuda": 60.0, "cpu": 300.0}
-"""Seconds. On a CPU a grid of examples takes some of them."""
 
 
 class Average:
@@ -129,27 +128,18 @@ class Training:
         return loss.detach()
 
     def save(self, budget: Budget) -> None:
-        """Write the state aside, then put it in place."""
-        parts = {"model": self.accelerator.unwrap_model(self.model), "average": self.average.model}
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"optimizer": self.optimizer.state_dict()}
-        state |= {"spent": budget.spent, "step": budget.step, "count": self.average.count}
-        state |= {"random": torch.get_rng_state()}
-        aside = self._state.with_suffix(".part")
-        torch.save(state, aside)
-        os.replace(aside, self._state)
+        """Write the state."""
+        save_state(self._state, self._parts, budget, count=self.average.count)
 
-    def resume(self) -> tuple[float, int]:
-        """Read the state, if there is one; return the seconds spent and the steps done."""
-        if not self._state.exists():
-            return 0.0, 0
-        state = torch.load(self._state, map_location=self.accelerator.device, weights_only=True)
-        self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
-        self.average.model.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.average.count = state["count"]
-        torch.set_rng_state(state["random"].cpu())
-        return state["spent"], state["step"]
+    def resume(self, budget: Budget) -> None:
+        """Read the state, if there is one."""
+        state = load_state(self._state, self._parts, budget, self.accelerator.device)
+        self.average.count = state.get("count", 0)
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        model = self.accelerator.unwrap_model(self.model)
+        return {"model": model, "average": self.average.model, "optimizer": self.optimizer}
 
 
 @contextmanager
@@ -171,16 +161,14 @@ def train_denoiser(
     training: Training, examples: Examples, budget: Budget, batch: int, export: Callable[[nn.Module], None]
 ) -> None:
     """Train until the budget is spent; now and then save the state and `export` the average."""
-    every = SAVE_EVERY.get(examples.moments.device.type, SAVE_EVERY["cpu"])
-    saved, total, steps = budget.spent, torch.zeros((), device=examples.moments.device), 0
+    total, steps = torch.zeros((), device=examples.moments.device), 0
     for factor in budget.steps():
         total, steps = total + training.step(examples, batch, factor), steps + 1
         if budget.due(10.0, batch):
             budget.tell(loss=float(total) / steps, rate=training.rate * factor)
             total, steps = torch.zeros_like(total), 0
-        if budget.spent - saved > every:
+        if budget.saves(examples.moments.device):
             training.save(budget)
             export(training.average.model)
-            saved = budget.spent
     training.save(budget)
     export(training.average.model)

@@ -8,9 +8,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from vislora.reports.curve import draw_curves
 
 WARMUP = 0.02
+SAVE_EVERY = {"cuda": 60.0, "cpu": 300.0}
+"""Seconds between two states on disk. On a CPU a grid of examples takes some of them."""
 
 
 class Budget:
@@ -19,11 +23,15 @@ class Budget:
     `step`: how many were begun, the one at work included.
     """
 
-    def __init__(self, steps: int, log: Path, what: str, spent: float = 0.0, step: int = 0) -> None:
-        self.total, self.what, self.step, self.images = steps, what, step, 0
-        self._first = step
-        self._log, self._before, self._began = log, spent, time.perf_counter()
-        self._told = self._began
+    def __init__(self, steps: int, log: Path, what: str) -> None:
+        self.total, self.what, self._log = steps, what, log
+        self.go_on(0.0, 0)
+
+    def go_on(self, spent: float, step: int) -> None:
+        """Begin, now, where an earlier run was after so many seconds and steps."""
+        self.step, self.images, self._first = step, 0, step
+        self._before, self._began = spent, time.perf_counter()
+        self._told = self._saved = self._began
 
     @property
     def spent(self) -> float:
@@ -42,6 +50,13 @@ class Budget:
         self.images += images
         return time.perf_counter() - self._told >= every
 
+    def saves(self, device: torch.device) -> bool:
+        """Say whether it is time to save the state."""
+        now = time.perf_counter()
+        due = now - self._saved > SAVE_EVERY.get(device.type, SAVE_EVERY["cpu"])
+        self._saved = now if due else self._saved
+        return due
+
     def tell(self, **figures: float) -> None:
         """Print and log where it stands."""
         now = time.perf_counter()
@@ -58,10 +73,15 @@ class Budget:
 
 
 def draw_curve(log: Path, what: str, figure: str, out: Path) -> None:
-    """Draw one figure of a log over time, on a logarithmic scale, as a PNG."""
+    """Draw one figure of a log over the steps, on a logarithmic scale, as a PNG."""
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []  # a short run has told nothing yet
-    rows = [json.loads(line) for line in lines]
-    points = [(row["seconds"], row[figure]) for row in rows if row["what"] == what and figure in row]
-    image = draw_curves({f"{what}: {figure}": points}, "seconds")
+    points: list[tuple[float, float]] = []
+    for row in map(json.loads, lines):
+        if row["what"] != what or figure not in row:
+            continue
+        while points and points[-1][0] >= row["step"]:  # told by a run that was killed, and then again
+            points.pop()
+        points.append((row["step"], row[figure]))
+    image = draw_curves({f"{what}: {figure}": points}, "steps")
     if image:
         image.save(out)

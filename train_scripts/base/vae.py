@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -11,17 +12,22 @@ from torch import Tensor
 
 from base.pictures import as_input
 from base.progress import Budget
+from base.state import load_state, save_state
 
 CROP, RATE = 32, 2e-3
 EDGES, PRIOR = 0.5, 2e-4
 """Weights of the loss of the gradients of the picture, and of the Kullback-Leibler divergence per latent number."""
 
 
-def train_vae(vae: AutoencoderKL, pixels: Tensor, budget: Budget, accelerator: Accelerator, batch: int) -> None:
-    """Train `vae` in place on `pixels` (n, 3, height, width), uint8, until the budget is spent."""
+def train_vae(
+    vae: AutoencoderKL, pixels: Tensor, budget: Budget, accelerator: Accelerator, batch: int, state: Path
+) -> None:
+    """Train `vae` in place on `pixels` (n, 3, height, width), uint8, until the budget is spent. `state`: its file."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=1e-3)
     model, optimizer = accelerator.prepare(vae, optimizer)
     vae.train()
+    parts = {"model": vae, "optimizer": optimizer}
+    load_state(state, parts, budget, accelerator.device)
     for factor in budget.steps():
         for group in optimizer.param_groups:
             group["lr"] = RATE * factor
@@ -37,15 +43,22 @@ def train_vae(vae: AutoencoderKL, pixels: Tensor, budget: Budget, accelerator: A
         if budget.due(10.0, batch):
             error = (out.detach().float().clamp(-1.0, 1.0) - x).square().mean().item()
             budget.tell(loss=picture.item(), psnr=10.0 * math.log10(4.0 / error))
+        if budget.saves(accelerator.device):
+            save_state(state, parts, budget)
     vae.eval()
 
 
 def finish_decoder(
-    vae: AutoencoderKL, moments: Tensor, pixels: Tensor, budget: Budget, run: Accelerator, batch: int
+    vae: AutoencoderKL, moments: Tensor, pixels: Tensor, budget: Budget, run: Accelerator, batch: int, state: Path
 ) -> None:
-    """Train the decoder of `vae` alone, in place, on latents drawn from `moments`: the latents stay what they are."""
+    """Train the decoder of `vae` alone, in place, on latents drawn from `moments`: the latents stay what they are.
+
+    `state`: the file of this training's state.
+    """
     parameters = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
     optimizer = run.prepare(torch.optim.AdamW(parameters, RATE, betas=(0.9, 0.99)))
+    parts = {"model": vae, "optimizer": optimizer}
+    load_state(state, parts, budget, run.device)
     decode = torch.compile(vae.decode) if run.device.type == "cuda" else vae.decode
     for factor in budget.steps():
         for group in optimizer.param_groups:
@@ -62,6 +75,8 @@ def finish_decoder(
         optimizer.zero_grad()
         if budget.due(10.0, batch):
             budget.tell(loss=loss.item(), psnr=10.0 * math.log10(4.0 / error.item()))
+        if budget.saves(run.device):
+            save_state(state, parts, budget)
 
 
 def pixel_loss(out: Tensor, x: Tensor) -> Tensor:
