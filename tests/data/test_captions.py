@@ -3,7 +3,7 @@ import json
 import pytest
 from data_helpers import make_image
 
-from vislora.data.captions import caption_from_name, with_trigger
+from vislora.data.captions import caption_from_name, tag_orders, with_trigger
 from vislora.data.scan import scan
 from vislora.errors import DataError
 
@@ -210,3 +210,21 @@ def test_accents_composed_or_not_are_one_name(tmp_path):
     make_image(tmp_path / "cafe\u0301.png")
     (tmp_path / "caf\u00e9.txt").write_text("coffee")
     assert list(captions(tmp_path).values()) == ["coffee"]
+
+
+def test_tags_are_seen_in_other_orders_behind_those_that_keep_their_place():
+    caption = "sks, 1girl,red hair , smile,night"
+    orders = tag_orders(caption, 8, keep=2, seed=1)
+    assert orders[0] == caption
+    assert len(orders) == len(set(orders)) > 4
+    for order in orders[1:]:
+        assert order.startswith("sks, 1girl, ")
+        assert sorted(order.split(", ")) == ["1girl", "night", "red hair", "sks", "smile"]
+    assert orders == tag_orders(caption, 8, keep=2, seed=1)
+    assert orders != tag_orders(caption, 8, keep=2, seed=2)
+    assert len(tag_orders("a, b, c", 100, keep=0, seed=0)) == 6
+
+
+@pytest.mark.parametrize("caption", ["", "a cat", "sks, a cat", "sks, "])
+def test_one_tag_has_one_order(caption):
+    assert tag_orders(caption, 8, keep=1, seed=0) == [caption]

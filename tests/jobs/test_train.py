@@ -436,3 +436,22 @@ def test_seeds_that_torch_cannot_take(seed, tmp_path):
     with pytest.raises(ConfigError, match="seed"):
         config(tmp_path, seed=seed)
     assert config(tmp_path, seed=2**63 - 1)
+
+
+@pytest.mark.parametrize("text_encoders", [False, True])
+def test_tags_take_other_places_at_other_visits(text_encoders, tmp_path, monkeypatch):
+    seen = []
+    forward = job.DenoisingLoss.forward
+
+    def watched(module, batch, generator):
+        seen.extend(batch["captions"])
+        return forward(module, batch, generator)
+
+    monkeypatch.setattr(job.DenoisingLoss, "forward", watched)
+    image_folder(tmp_path / "images", 1)
+    (tmp_path / "images" / "0.txt").write_text("red, round, bright")
+    how = {"adapter__text_encoders": text_encoders, "loop__steps": 12, "loop__batch_size": 1}
+    trained(tmp_path, "sd", data__trigger="sks", data__tag_orders=20, **how)
+    learned = [caption for caption in seen if caption.startswith("sks")]
+    assert {tuple(sorted(caption.split(", "))) for caption in learned} == {("bright", "red", "round", "sks")}
+    assert 3 <= len(set(learned)) <= 6

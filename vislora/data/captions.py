@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from vislora.data.draws import draw
 from vislora.data.listing import Listing, is_paper, same_name, shortened
 from vislora.data.metadata import Malformed, read_metadata, read_text
 from vislora.errors import DataError, nearest
@@ -89,6 +90,20 @@ def without_trigger(caption: str, replace: Mapping[str, Sequence[str]]) -> list[
     """
     found = [caption.replace(part, text) for part, texts in replace.items() if part in caption for text in texts]
     return [" ".join(text.split()) for text in found] or [""]
+
+
+def tag_orders(caption: str, count: int, keep: int, seed: int) -> list[str]:
+    """Return up to `count` different captions: this one, and it with its comma-separated tags in other orders.
+
+    The first `keep` tags stay where they are. Which orders depends on the seed and the caption alone.
+    """
+    tags = [tag for part in caption.split(",") if (tag := part.strip())]
+    front, rest = tags[:keep], tags[keep:]
+    orders = {caption: None}
+    for number in range(1, count):
+        shuffled = sorted(range(len(rest)), key=lambda place: draw(seed, number, "tag", caption, place))
+        orders[", ".join([*front, *(rest[place] for place in shuffled)])] = None
+    return list(orders) if len(rest) > 1 else [caption]
 
 
 def _from_metadata(listing: Listing, found: _Found, source: str) -> None:

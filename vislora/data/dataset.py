@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,34 +19,29 @@ from vislora.data.scan import Example
 from vislora.errors import DataError
 
 
+@dataclass(eq=False)
 class TrainingSet(Dataset):
     """Cached examples as batches of tensors.
 
     `views`: as `encode.views` returned them. `text_keys`: caption -> key, as `cache_texts` returned it, or None when
     the text encoders are trained and need the captions themselves. `caption_dropout`: the chance, 0 to 1, that an
-    example is seen with the empty caption. `priors`: caption -> those for which the base's prediction is kept, or None.
-    `prior_views`: the images on which it is kept, with captions of their own; empty: the examples themselves.
-    `sources`: for each example the views of its source image, as many as its own, or None. `seen`: the text encoder
-    sees them too, so that `text_keys` has `text_name(caption, view of the source)`.
+    example is seen with the empty caption. `orders`: caption -> what is seen in its place, another at each visit.
+    `priors`: caption -> those for which the base's prediction is kept, or None. `prior_views`: the images on which it
+    is kept, with captions of their own; empty: the examples themselves. `sources`: for each example the views of its
+    source image, as many as its own, or None. `seen`: the text encoder sees them too, so that `text_keys` has
+    `text_name(caption, view of the source)`.
     """
 
-    def __init__(
-        self,
-        cache: Cache,
-        views: Sequence[Sequence[View]],
-        text_keys: Mapping[str, str] | None,
-        *,
-        seed: int = 0,
-        caption_dropout: float = 0.0,
-        priors: Mapping[str, Sequence[str]] | None = None,
-        prior_views: Sequence[View] = (),
-        sources: Sequence[Sequence[View]] | None = None,
-        seen: bool = False,
-    ) -> None:
-        self.cache, self.views, self.text_keys = cache, views, text_keys
-        self.sources, self.seen = sources, seen
-        self.seed, self.caption_dropout = seed, caption_dropout
-        self.priors, self.prior_views = priors, prior_views
+    cache: Cache
+    views: Sequence[Sequence[View]]
+    text_keys: Mapping[str, str] | None
+    seed: int = 0
+    caption_dropout: float = 0.0
+    orders: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    priors: Mapping[str, Sequence[str]] | None = None
+    prior_views: Sequence[View] = ()
+    sources: Sequence[Sequence[View]] | None = None
+    seen: bool = False
 
     def __len__(self) -> int:
         return len(self.views)
@@ -59,14 +55,19 @@ class TrainingSet(Dataset):
         its_views = self.views[index]
         chosen = int(draw(self.seed, visit, "view", index) * len(its_views))
         view, source = its_views[chosen], None if self.sources is None else self.sources[index][chosen]
-        dropped = is_dropped(self.seed, visit, index, self.caption_dropout)
-        caption = "" if dropped else view.example.caption
+        caption = self._caption(view.example.caption, visit, index)
         found = {**self._image(view), "caption": caption, "text": self._text(caption, source)}
         if source is not None:
             found["source"] = self._image(source)["latents"]
         if self.priors is not None:
             found |= self._prior(self.priors[view.example.caption], source, draw(self.seed, visit, "prior", index))
         return found
+
+    def _caption(self, written: str, visit: int, index: int) -> str:
+        if is_dropped(self.seed, visit, index, self.caption_dropout):
+            return ""
+        orders = self.orders.get(written, (written,))
+        return orders[int(draw(self.seed, visit, "tags", index) * len(orders))]
 
     def _image(self, view: View) -> dict[str, Any]:
         """Return the latents and the sizes."""

@@ -12,6 +12,7 @@ import torch
 
 from vislora.data.buckets import Bucket, assign, bucket_notes, bucket_summary
 from vislora.data.cache import Cache, weights_fingerprint
+from vislora.data.captions import tag_orders
 from vislora.data.dataset import TrainingSet, text_name
 from vislora.data.encode import View, cache_latents, cache_texts, views
 from vislora.data.pairs import find_sources, source_views
@@ -77,12 +78,14 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
     kept = prior_views(drawn, plan, family, _image_fingerprint(family))
     with vae_as(family, torch.float32):
         yield from cache_latents(cache, [*wanted, *(shown or []), kept], family.encode_image, batch_size=at_once)
+    captions = {example.caption for example in _in(learned, examples)}
+    orders = {caption: tag_orders(caption, data.tag_orders, data.keep_tags, config.seed) for caption in captions}
     seen = shown if family.traits.source == "latents and text" else None
     keys = None
     if not config.adapter.text_encoders:
-        keys = yield from _cache_texts(cache, family, _texts(wanted, seen, priors))
+        keys = yield from _cache_texts(cache, family, _texts(wanted, seen, orders, priors))
     make = partial(TrainingSet, cache, wanted, keys, seed=config.seed, sources=shown, seen=seen is not None)
-    dataset = make(caption_dropout=data.caption_dropout, priors=priors, prior_views=kept)
+    dataset = make(caption_dropout=data.caption_dropout, orders=orders, priors=priors, prior_views=kept)
     sampler = Sampler(learned, plan.batch_size, config.seed, data.repeats)
     held_out = HeldOut(_in(held, examples), _in(held, sources), make(), batches(held, plan.batch_size, config.seed, 0))
     if held:
@@ -146,6 +149,7 @@ Texts = dict[str, tuple[str, View | None]]
 def _texts(
     wanted: Sequence[Sequence[View]],
     sources: Sequence[Sequence[View]] | None,
+    orders: Mapping[str, Sequence[str]],
     priors: Mapping[str, Sequence[str]] | None,
 ) -> Texts:
     """Return, by their names, all texts that training reads: captions, the empty one, priors; with what is seen."""
@@ -153,7 +157,7 @@ def _texts(
     for index, its_views in enumerate(wanted):
         caption = its_views[0].example.caption
         for source in [None] if sources is None else sources[index]:
-            for text in ("", caption, *(priors or {}).get(caption, ())):
+            for text in ("", caption, *orders.get(caption, ()), *(priors or {}).get(caption, ())):
                 texts[text_name(text, source)] = text, source
     return texts
 
