@@ -364,7 +364,7 @@ def two_processes(tmp_path, turns, processes=2, state=None):
         sampler = Sampler({(16, 16): list(range(7))}, 2, seed=0)
         if state is not None:
             sampler.restore(state)
-        shares.append(Prepared([], [], {}, Names(), sampler, None).batches(process, processes))
+        shares.append(Prepared([], [], [], {}, Names(), sampler, None).batches(process, processes))
         samplers.append(sampler)
     taken = [tuple(next(share) for share in shares) for _ in range(turns)]
     return taken, [sampler.state() for sampler in samplers]

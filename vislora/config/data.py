@@ -28,6 +28,9 @@ class DataConfig(Section):
     sources: Path | None = None
     """Folder of source images, each named as its training image is: pairs for a base that edits images."""
 
+    masks: Path | None = None
+    """Folder of masks, each named as its image is: white is learned, black is not, gray in part."""
+
     recursive: bool = True
     """Read subfolders too."""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -29,7 +30,7 @@ class TrainingSet(Dataset):
     `priors`: caption -> those for which the base's prediction is kept, or None. `prior_views`: the images on which it
     is kept, with captions of their own; empty: the examples themselves. `sources`: for each example the views of its
     source image, as many as its own, or None. `seen`: the text encoder sees them too, so that `text_keys` has
-    `text_name(caption, view of the source)`.
+    `text_name(caption, view of the source)`. `masks`: in the same way those of its mask, with None where it has none.
     """
 
     cache: Cache
@@ -42,6 +43,7 @@ class TrainingSet(Dataset):
     prior_views: Sequence[View] = ()
     sources: Sequence[Sequence[View]] | None = None
     seen: bool = False
+    masks: Sequence[Sequence[View | None]] | None = None
 
     def __len__(self) -> int:
         return len(self.views)
@@ -49,7 +51,7 @@ class TrainingSet(Dataset):
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
         """Return the example at (index, visit): `latents`, `caption`, `text`, the sizes.
 
-        With priors, one's as well; with sources, the latents of its own as `source`.
+        With priors, one's as well; with sources, the latents of its own as `source`; with masks, `mask`.
         """
         index, visit = place
         its_views = self.views[index]
@@ -59,9 +61,19 @@ class TrainingSet(Dataset):
         found = {**self._image(view), "caption": caption, "text": self._text(caption, source)}
         if source is not None:
             found["source"] = self._image(source)["latents"]
+        if self.masks is not None:
+            found["mask"] = self._mask(self.masks[index][chosen], found["latents"])
         if self.priors is not None:
             found |= self._prior(self.priors[view.example.caption], source, draw(self.seed, visit, "prior", index))
         return found
+
+    def _mask(self, view: View | None, latents: Tensor) -> Tensor:
+        """Return how much of each cell of `latents` (..., height, width) is learned: (1, height, width), 0 to 1."""
+        size = latents.shape[-2:]
+        if view is None:
+            return torch.ones(1, *size)
+        stored = self._read(view.key, f"the mask {view.example.path}")["latents"]
+        return F.interpolate(stored[None].float(), size=size, mode="area")[0]
 
     def _caption(self, written: str, visit: int, index: int) -> str:
         if is_dropped(self.seed, visit, index, self.caption_dropout):
@@ -128,7 +140,8 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     (batch, 2) as (height, width) or (top, left); `captions`, a list of strings; `text`, features by name with a batch
     dimension in front, or a list of them where they have different lengths, or None; with priors, `prior_captions` and
     `prior_text` too, and where they have images of their own `prior_latents`, their sizes and `prior_number`; with
-    sources, `source` (batch, channels, height, width). Raises `DataError` when shapes differ.
+    sources, `source` (batch, channels, height, width); with masks, `mask` (batch, 1, height, width). Raises `DataError`
+    when shapes differ.
     """
     plain = [name for name, value in items[0].items() if isinstance(value, Tensor)]
     result: dict[str, Any] = {name: _stacked(name, [item[name] for item in items]) for name in plain}

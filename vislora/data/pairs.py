@@ -21,36 +21,54 @@ def find_sources(
     recursive: bool = True,
     left_out: Iterable[Path] = (),
 ) -> list[Example]:
-    """Return the source image of each example, with an empty caption, in the same order.
+    """Return the source image of each example: see `find_beside`. Raises `DataError`."""
+    found = find_beside(examples, folder, sources, "source", needed=True, recursive=recursive, left_out=left_out)
+    return [source for source in found if source]
 
-    `folder` is where the examples lie; in `sources` an image of the same path, whatever its suffix, is an example's
-    source. `left_out`: images of `folder` that are not used, whose sources are of no use either.
 
-    Raises `DataError` with every example without a source, source without an example, image with two sources and bad
-    source, all at once; or when there is no such folder.
+def find_beside(
+    examples: Sequence[Example],
+    folder: str | Path,
+    others: str | Path,
+    kind: str,
+    *,
+    needed: bool,
+    recursive: bool = True,
+    left_out: Iterable[Path] = (),
+) -> list[Example | None]:
+    """Return the image of this `kind` that goes with each example, with an empty caption, in the same order.
+
+    `folder` is where the examples lie; in `others` an image of the same path, whatever its suffix, goes with it, None
+    where there is none and it is not `needed`. `left_out`: images of `folder` that are not used, so that what goes with
+    them is of no use either.
+
+    Raises `DataError` with every example without one that is needed, one without an example, several for one example
+    and bad ones, all at once; or when there is no such folder.
     """
-    listing = list_folder(sources, recursive)
+    listing = list_folder(others, recursive)
     root = Path(folder).expanduser()
     by_name: dict[str, list[Path]] = defaultdict(list)
     for path in listing.images:
         by_name[_name(path, listing.folder)].append(path)
-    wanted = {_name(example.path, root): example for example in examples}
+    wanted = [_name(example.path, root) for example in examples]
     unused = {_name(path, root) for path in left_out}
     problems = [f"{listing.name(path)}: {path.suffix} is not supported" for path in listing.unsupported]
     problems += [
-        f"{listing.name(path)}: no training image has this name" for path in _surplus(by_name, wanted.keys() | unused)
+        f"{listing.name(path)}: no training image has this name" for path in _surplus(by_name, {*wanted} | unused)
     ]
-    problems += [f"{name}: several sources: {_names(paths, listing)}" for name, paths in by_name.items() if paths[1:]]
-    problems += [f"{example.path}: no source image" for name, example in wanted.items() if name not in by_name]
+    problems += [f"{name}: several {kind}s: {_names(paths, listing)}" for name, paths in by_name.items() if paths[1:]]
+    if needed:
+        pairs = zip(wanted, examples, strict=True)
+        problems += [f"{example.path}: no {kind} image" for name, example in pairs if name not in by_name]
     checked = check_images([by_name[name][0] for name in wanted if name in by_name])
     problems += [f"{item.path}: {item.bad}" for item in checked if item.bad]
     if problems:
-        title = f"{len(problems)} problem(s) with the source images in {listing.folder}:"
-        steps = (
-            "each training image needs one source image of the same name, in the same subfolder (see docs/training.md)"
-        )
+        title = f"{len(problems)} problem(s) with the {kind} images in {listing.folder}:"
+        rule = "each training image needs one" if needed else "a training image may have one"
+        steps = f"{rule} {kind} image of the same name, in the same subfolder (see docs/training.md)"
         raise DataError(f"{listed(title, problems, limit=len(problems))}\n{steps}")
-    return [Example(item.path, "", item.width, item.height, item.sha256) for item in checked]
+    found = {item.path: Example(item.path, "", item.width, item.height, item.sha256) for item in checked}
+    return [found[by_name[name][0]] if name in by_name else None for name in wanted]
 
 
 def source_views(views: Sequence[Sequence[View]], sources: Sequence[Example]) -> list[list[View]]:

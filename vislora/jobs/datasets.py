@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from vislora.data.cache import Cache, weights_fingerprint
 from vislora.data.captions import tag_orders
 from vislora.data.dataset import TrainingSet, text_name
 from vislora.data.encode import View, cache_latents, cache_texts, views
+from vislora.data.masks import find_masks, mask_views, require_some, shrunk
 from vislora.data.pairs import find_sources, source_views
 from vislora.data.sampler import Batch, Sampler, batches
 from vislora.data.scan import Example, ScanResult, scan
@@ -30,10 +32,14 @@ from vislora.records import Note, Record
 
 @dataclass(frozen=True)
 class Prepared:
-    """Examples to train on, with everything cached. `sources`: the image that each is made from, or none at all."""
+    """Examples to train on, with everything cached. `sources`: the image that each is made from, or none at all.
+
+    masks: those of all examples that have one, the held-out ones' too.
+    """
 
     examples: list[Example]
     sources: list[Example]
+    masks: list[Example]
     buckets: Mapping[Bucket, list[int]]
     dataset: TrainingSet
     sampler: Sampler
@@ -72,6 +78,7 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
         background=data.background_rgb,
     )
     shown = source_views(wanted, sources) if sources else None
+    masks, learned_parts = yield from _masks(plan, found, wanted, cache)
     at_once = images_at_once(plan.resolution)
     priors = prior_captions([example.caption for example in _in(learned, examples)], config.prior)
     drawn = yield from draw_priors(plan, family, folder, priors)
@@ -84,13 +91,14 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
     keys = None
     if not config.adapter.text_encoders:
         keys = yield from _cache_texts(cache, family, _texts(wanted, seen, orders, priors))
-    make = partial(TrainingSet, cache, wanted, keys, seed=config.seed, sources=shown, seen=seen is not None)
+    beside: dict[str, Any] = {"sources": shown, "seen": seen is not None, "masks": learned_parts}
+    make = partial(TrainingSet, cache, wanted, keys, seed=config.seed, **beside)
     dataset = make(caption_dropout=data.caption_dropout, orders=orders, priors=priors, prior_views=kept)
     sampler = Sampler(learned, plan.batch_size, config.seed, data.repeats)
     held_out = HeldOut(_in(held, examples), _in(held, sources), make(), batches(held, plan.batch_size, config.seed, 0))
     if held:
         yield Note(f"{len(held_out.examples)} of {len(examples)} images are held out; the loss on them is measured")
-    return Prepared(_in(learned, examples), _in(learned, sources), learned, dataset, sampler, held_out)
+    return Prepared(_in(learned, examples), _in(learned, sources), masks, learned, dataset, sampler, held_out)
 
 
 def _scanned(plan: Plan, family: Family) -> Generator[Note, None, tuple[ScanResult, dict[Bucket, list[int]]]]:
@@ -141,6 +149,26 @@ def _sources(plan: Plan, family: Family, found: ScanResult) -> Generator[Record,
         raise ConfigError("adapter.text_encoders: that of this base sees the images too, and is not trained")
     left_out = [path for path, _ in found.skipped]
     return find_sources(found.examples, data.folder, data.sources, recursive=data.recursive, left_out=left_out)
+
+
+MaskViews = list[list[View | None]]
+
+
+def _masks(
+    plan: Plan, found: ScanResult, wanted: Sequence[Sequence[View]], cache: Cache
+) -> Generator[Record, None, tuple[list[Example], MaskViews | None]]:
+    """Return the masks that there are, and their views beside those of the examples, cached; or none at all."""
+    data = plan.config.data
+    if data.masks is None:
+        return [], None
+    left_out = [path for path, _ in found.skipped]
+    masks = find_masks(found.examples, data.folder, data.masks, recursive=data.recursive, left_out=left_out)
+    shown = mask_views(wanted, masks)
+    there = [[view for view in its_views if view] for its_views in shown]
+    yield from cache_latents(cache, there, shrunk, batch_size=images_at_once(plan.resolution))
+    require_some(cache, chain.from_iterable(there))
+    yield Note(f"{sum(map(bool, masks))} of {len(masks)} images have a mask")
+    return [mask for mask in masks if mask], shown
 
 
 Texts = dict[str, tuple[str, View | None]]

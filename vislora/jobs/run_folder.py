@@ -96,10 +96,13 @@ def open_folder(config: TrainConfig) -> tuple[RunFolder, dict[str, Any] | None]:
 def _require_apart(output: Path, data: DataConfig) -> None:
     """Raise `ConfigError` where the pictures that a run writes would be taken for images to train on."""
     place = output.expanduser().resolve()
-    for name, folder in (("data.folder", data.folder), ("data.sources", data.sources)):
+    for name in ("folder", "sources", "masks"):
+        folder: Path | None = getattr(data, name)
         above = folder and folder.expanduser().resolve()
         if above and (place == above or (data.recursive and above in place.parents)):
-            raise ConfigError(f"output: {output} lies in {name}, where its pictures count as images; choose another")
+            raise ConfigError(
+                f"output: {output} lies in data.{name}, where its pictures count as images; choose another"
+            )
 
 
 def require_same(config: TrainConfig, folder: RunFolder, state: dict[str, Any]) -> None:

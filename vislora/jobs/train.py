@@ -252,11 +252,10 @@ def _contents(job: Run) -> dict[str, str]:
     data = job.config.data
     examples = [*job.data.examples, *job.data.held_out.examples]
     images = {_within(example.path, data.folder): dataset_hash([example]) for example in examples}
-    sources = {
-        f"source {_within(source.path, data.sources)}": source.sha256
-        for source in [*job.data.sources, *job.data.held_out.sources]
-    }
-    return {"the base model": job.about.base_hash, **images, **sources}
+    sources = [*job.data.sources, *job.data.held_out.sources]
+    beside = {f"source {_within(source.path, data.sources)}": source.sha256 for source in sources}
+    beside |= {f"mask {_within(mask.path, data.masks)}": mask.sha256 for mask in job.data.masks}
+    return {"the base model": job.about.base_hash, **images, **beside}
 
 
 def _within(path: Path, folder: Path | None) -> str:

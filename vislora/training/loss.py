@@ -32,12 +32,13 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class Asked:
-    """What the denoiser is given, and what it should predict."""
+    """What the denoiser is given, and what it should predict. mask: how much each cell counts; None: all alike."""
 
     noisy: Tensor
     t: Tensor
     conditioning: dict[str, Any]
     target: Tensor
+    mask: Tensor | None = None
 
     @property
     def given(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -100,7 +101,7 @@ class DenoisingLoss(nn.Module):
     def forward(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
         """Return the loss of `batch`, as `data.dataset.collate` makes it.
 
-        It has `latents`, `text` or `captions`, and where there are some the sizes, `source` and priors.
+        It has `latents`, `text` or `captions`, and where there are some the sizes, `source`, `mask` and priors.
 
         Every random draw comes from `generator` (on the CPU), so a step is the same wherever it runs.
         """
@@ -116,7 +117,7 @@ class DenoisingLoss(nn.Module):
         return self._error(predicted, asked) + self._options.prior_weight * self._error(kept, prior)
 
     def _asked(self, batch: Mapping[str, Any], noisy: Tensor, t: Tensor, target: Tensor) -> Asked:
-        return Asked(noisy, t, self._conditioning(batch, t.device), target)
+        return Asked(noisy, t, self._conditioning(batch, t.device), target, batch.get("mask"))
 
     def _conditioning(self, batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
         return {**self._text(batch["text"], batch.get("captions", ()), device), **self._beside(batch, "")}
@@ -178,7 +179,7 @@ class DenoisingLoss(nn.Module):
         return self._family[0].encode_prompt(list(captions)) if text is None else _to(text, device)
 
     def _error(self, predicted: Tensor, asked: Asked) -> Tensor:
-        error = (predicted - asked.target).square().flatten(1).mean(1)
+        error = mean_of((predicted - asked.target).square(), asked.mask)
         return (error * self._family[0].objective.weight(asked.t, self._options.min_snr_gamma)).mean()
 
     def _noise(self, latents: Tensor, generator: torch.Generator) -> Tensor:
@@ -187,6 +188,18 @@ class DenoisingLoss(nn.Module):
             shape = (*latents.shape[:2], *[1] * (latents.dim() - 2))
             noise = noise + self._options.noise_offset * torch.randn(shape, generator=generator)
         return noise.to(latents.device)
+
+
+def mean_of(error: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mean of each row of `error` (batch, ..., height, width), (batch,): of what `mask` keeps, if given.
+
+    mask: (batch, 1, height, width), from 0 to 1, somewhere above 0. A row counts as much however little is kept of it.
+    """
+    if mask is None:
+        return error.flatten(1).mean(1)
+    shape = (len(mask), *[1] * (error.dim() - 3), *mask.shape[-2:])
+    weights = mask.to(error).reshape(shape).expand_as(error)
+    return (error * weights).flatten(1).sum(1) / weights.flatten(1).sum(1)
 
 
 def sizes_of(batch: Mapping[str, Any], of: str = "") -> Tensor:
