@@ -145,6 +145,14 @@ def test_a_killed_run_has_the_best_of_its_checkpoint(tmp_path):
     assert (tmp_path / "run" / "best" / f"run-{kept:06d}.safetensors").exists()
 
 
+def test_a_run_that_goes_on_under_another_name_leaves_the_best_of_before(tmp_path):
+    first, _ = trained(tmp_path, **WORSE)
+    other, records = trained(tmp_path, name="other", resume=True, **WORSE)
+    assert first.best.exists()
+    assert other.best is None
+    assert "best" not in records[-1].summary
+
+
 def test_any_image_that_changed_is_told_on_resume(tmp_path):
     stopped(config(tmp_path, **HELD), after=2)
     for path in (tmp_path / "images").glob("*.txt"):

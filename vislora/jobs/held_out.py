@@ -57,6 +57,5 @@ def told(measured: Sequence[Measured]) -> str:
     beside = [f"the base's {one.loss:.4f}" for one in measured if one.step == 0 != last.step]
     if best and best.step != last.step:
         beside.append(f"lowest {best.loss:.4f} at step {best.step}")
-    return f"loss on held-out images at step {last.step}: {last.loss:.4f}" + (
-        f" ({', '.join(beside)})" if beside else ""
-    )
+    text = f"loss on held-out images at step {last.step}: {last.loss:.4f}"
+    return f"{text} ({', '.join(beside)})" if beside else text

@@ -141,8 +141,11 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
 
 
 def keep_only(kept: Path) -> None:
-    """Delete what lies beside `kept`, the best adapter by now: those that were the best before it."""
-    for path in kept.parent.iterdir():
+    """Delete what lies beside `kept`, the best adapter by now: those that were the best before it.
+
+    Nothing where it is not there: a run that goes on under another name or format finds the best under the old one.
+    """
+    for path in kept.parent.iterdir() if kept.exists() else ():
         if path != kept:
             _remove(path)
 

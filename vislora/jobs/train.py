@@ -76,7 +76,7 @@ class Run:
 
     @property
     def best(self) -> Path | None:
-        """The adapter that did best on the held-out images so far."""
+        """Where the adapter is that did best on the held-out images so far."""
         found = lowest(self.measured)
         return self.folder.adapter(self.config.format, found.step, self.folder.best) if found else None
 
@@ -312,11 +312,12 @@ def _finish(job: Run) -> Generator[Record, None, None]:
     if job.accelerator.is_main_process:
         _save(job, path)
     text = f"adapter: {path}"
-    if job.best:
-        text += f"\n{told(job.measured)}; the best: {job.best}"
+    best = job.best if job.best and job.best.exists() else None
+    if best:
+        text += f"\n{told(job.measured)}; the best: {best}"
     if not finished:
         text = f"stopped at step {job.step} of {job.plan.steps}; go on with --resume\n{text}"
-    yield Done(TrainedAdapter(path, job.step, finished, job.best), text, 0 if finished else 130)
+    yield Done(TrainedAdapter(path, job.step, finished, best), text, 0 if finished else 130)
 
 
 def _save(job: Run, path: Path) -> None:
