@@ -108,18 +108,18 @@ def test_measuring_changes_no_step_and_repeats(tmp_path):
 
 
 @pytest.mark.parametrize(("family", "rate"), [("sd", 0.5), ("sdxl", 0.5)])
-def test_the_best_step_is_kept(family, rate, tmp_path):
+def test_the_adapter_of_the_lowest_loss_is_kept(family, rate, tmp_path):
     how = {**WORSE, "optimizer__learning_rate": rate}
     value, records = trained(tmp_path, family, **how)
     found = losses(tmp_path / "run")
     best = min((step for step in found if step), key=found.__getitem__)
     assert best < 6
-    assert value.best == tmp_path / "run" / "best" / f"run-{best:06d}.safetensors"
-    assert [path.name for path in value.best.parent.iterdir()] == [value.best.name]
+    assert value.lowest == tmp_path / "run" / "checkpoints" / f"run-{best:06d}.safetensors"
+    assert sorted(path.name for path in value.lowest.parent.iterdir()) == [value.lowest.name, "step-000006"]
     assert f"lowest {found[best]:.4f} at step {best}" in records[-1].summary
-    assert str(value.best) in records[-1].summary
+    assert str(value.lowest) in records[-1].summary
     until = stopped(config(tmp_path, family, output=tmp_path / "until", name="run", **how), after=best)
-    assert same(until.value.path, value.best)
+    assert same(until.value.path, value.lowest)
     assert Image.open(tmp_path / "run" / "loss.png").size == (720, 360)
 
 
@@ -128,12 +128,12 @@ def test_a_stopped_run_goes_on_with_what_was_measured(tmp_path):
     stopped(config(tmp_path, **WORSE), after=4)
     value, _ = trained(tmp_path, resume=True, **WORSE)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
-    assert value.best.name == whole.best.name
-    assert same(value.best, whole.best)
+    assert value.lowest.name == whole.lowest.name
+    assert same(value.lowest, whole.lowest)
 
 
-def test_a_killed_run_has_the_best_of_its_checkpoint(tmp_path):
-    """Until the next checkpoint no best adapter is deleted."""
+def test_a_killed_run_has_the_adapter_of_its_checkpoint(tmp_path):
+    """Until the next checkpoint none is deleted."""
     settings = config(tmp_path, **HELD, loop__steps=6, loop__save_every=3)
     records = run(settings)
     for record in records:
@@ -142,15 +142,15 @@ def test_a_killed_run_has_the_best_of_its_checkpoint(tmp_path):
     records.close()
     found = losses(tmp_path / "run")
     kept = min((step for step in found if 0 < step <= 3), key=found.__getitem__)
-    assert (tmp_path / "run" / "best" / f"run-{kept:06d}.safetensors").exists()
+    assert (tmp_path / "run" / "checkpoints" / f"run-{kept:06d}.safetensors").exists()
 
 
-def test_a_run_that_goes_on_under_another_name_leaves_the_best_of_before(tmp_path):
+def test_a_run_that_goes_on_under_another_name_leaves_the_adapters_of_before(tmp_path):
     first, _ = trained(tmp_path, **WORSE)
     other, records = trained(tmp_path, name="other", resume=True, **WORSE)
-    assert first.best.exists()
-    assert other.best is None
-    assert "best" not in records[-1].summary
+    assert first.lowest.exists()
+    assert other.lowest is None
+    assert "held-out" not in records[-1].summary
 
 
 def test_any_image_that_changed_is_told_on_resume(tmp_path):
@@ -166,16 +166,16 @@ def test_any_image_that_changed_is_told_on_resume(tmp_path):
 def test_pairs_are_held_out_with_their_sources(tmp_path):
     image_folder(tmp_path / "sources")
     value, _ = trained(tmp_path, "flux-kontext", data__sources=tmp_path / "sources", data__resolution=16, **HELD)
-    assert value.best.exists()
+    assert value.lowest.exists()
     assert sorted(losses(tmp_path / "run")) == [0, 1, 2, 3, 4]
 
 
-def test_the_best_of_peft_is_a_folder_and_a_new_run_takes_it_away(tmp_path):
+def test_that_of_peft_is_a_folder_and_a_new_run_takes_it_away(tmp_path):
     value, _ = trained(tmp_path, format="peft", **HELD)
-    assert len(formats.load(value.best).modules) == len(formats.load(value.path).modules)
+    assert len(formats.load(value.lowest).modules) == len(formats.load(value.path).modules)
     fresh, _ = trained(tmp_path, overwrite=True)
-    assert fresh.best is None
-    assert not (tmp_path / "run" / "best").exists()
+    assert fresh.lowest is None
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000004"]
 
 
 def test_what_is_told():

@@ -302,7 +302,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, whole_path, monkeypa
     with pytest.raises(VisloraError, match="no space left on the disk"):
         trained(tmp_path, loop__save_every=1)
     folder = tmp_path / "run" / "checkpoints"
-    assert [path.name for path in folder.iterdir()] == ["step-000001"]
+    assert sorted(path.name for path in folder.iterdir()) == ["run-000001.safetensors", "step-000001"]
     monkeypatch.setattr(checkpoints, "save_file", original)
     value, _ = trained(tmp_path, loop__save_every=1, resume=True)
     assert same(whole_path, value.path)
@@ -381,3 +381,16 @@ def test_a_second_signal_ends_at_once(tmp_path):
         interrupted_twice()
     value, _ = trained(tmp_path, resume=True)
     assert value.finished
+
+
+@pytest.mark.parametrize("format", ["kohya", "peft"])
+def test_each_checkpoint_has_its_adapter(format, tmp_path):
+    kept = {"format": format, "loop__save_every": 1, "loop__keep_checkpoints": 3, "loop__steps": 5}
+    trained(tmp_path, **kept)
+    names = [f"run-{step:06d}{'' if format == 'peft' else '.safetensors'}" for step in (3, 4)]
+    there = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert there == [*names, "step-000003", "step-000004", "step-000005"]
+    until = stopped(config(tmp_path, output=tmp_path / "until", name="run", **kept), after=4)
+    one, other = formats.load(tmp_path / "run" / "checkpoints" / names[-1]), formats.load(until.value.path)
+    for module, same_one in zip(one.modules, other.modules, strict=True):
+        assert torch.equal(one.delta(module), other.delta(same_one))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from vislora.config.toml import dump
 from vislora.config.train import TrainConfig
 from vislora.errors import ConfigError, listed
 from vislora.files import write_text
-from vislora.training.checkpoints import checkpoints, load_checkpoint
+from vislora.training.checkpoints import checkpoints, load_checkpoint, step_of
 
 # what may change between a run and its continuation: none of it touches what a step computes
 FREE = ("output", "name", "format", "save_precision", "resume", "overwrite", "device", "sample.", "data.cache")
@@ -44,11 +45,6 @@ class RunFolder:
         return self.root / "priors"
 
     @property
-    def best(self) -> Path:
-        """Folder of the adapter that did best on the held-out images."""
-        return self.root / "best"
-
-    @property
     def log(self) -> Path:
         """One JSON line per step, and per measurement on the held-out images."""
         return self.root / "log.jsonl"
@@ -68,14 +64,19 @@ class RunFolder:
         """Where accelerate writes TensorBoard events."""
         return self.root / "tensorboard"
 
-    def adapter(self, format: str, step: int | None = None, folder: Path | None = None) -> Path:
-        """Return where the adapter goes: a file, or a folder for PEFT; with `step`, the one of that step.
-
-        folder: default the run's, with `step` that of the checkpoints.
-        """
+    def adapter(self, format: str, step: int | None = None) -> Path:
+        """Return where the adapter goes: a file, or a folder for PEFT; with `step`, as it was after that step."""
         stem = self.name if step is None else f"{self.name}-{step:06d}"
-        folder = folder or (self.root if step is None else self.checkpoints)
+        folder = self.root if step is None else self.checkpoints
         return folder / (stem if format == "peft" else f"{stem}.safetensors")
+
+    def adapters(self) -> dict[int, list[Path]]:
+        """Return step -> the adapters, of this name and any format, as they were after it."""
+        found: dict[int, list[Path]] = {}
+        for path in self.checkpoints.iterdir():
+            if match := re.fullmatch(rf"{re.escape(self.name)}-(\d{{6,}})(\.safetensors)?", path.name):
+                found.setdefault(int(match[1]), []).append(path)
+        return found
 
 
 def open_folder(config: TrainConfig) -> tuple[RunFolder, dict[str, Any] | None]:
@@ -140,13 +141,11 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key not in free and not key.startswith(FREE)}
 
 
-def keep_only(kept: Path) -> None:
-    """Delete what lies beside `kept`, the best adapter by now: those that were the best before it.
-
-    Nothing where it is not there: a run that goes on under another name or format finds the best under the old one.
-    """
-    for path in kept.parent.iterdir() if kept.exists() else ():
-        if path != kept:
+def drop_adapters(folder: RunFolder, keep: int | None) -> None:
+    """Delete the adapters of steps that have no checkpoint any more, but for those of step `keep`."""
+    kept = {step_of(path) for path in checkpoints(folder.checkpoints)} | {keep}
+    for step, paths in folder.adapters().items():
+        for path in paths if step not in kept else ():
             _remove(path)
 
 
@@ -166,7 +165,7 @@ def _step_of(line: str) -> int:
 
 
 def _clear(folder: RunFolder, format: str) -> None:
-    folders = (folder.checkpoints, folder.samples, folder.tensorboard, folder.best)
+    folders = (folder.checkpoints, folder.samples, folder.tensorboard)
     for path in (*folders, folder.log, folder.curve, folder.config, folder.adapter(format)):
         _remove(path)
 

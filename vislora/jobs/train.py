@@ -37,7 +37,7 @@ from vislora.jobs.recipes import base_hash
 from vislora.jobs.run_folder import (
     RunFolder,
     begin,
-    keep_only,
+    drop_adapters,
     open_folder,
     require_same,
     require_same_contents,
@@ -74,11 +74,9 @@ class Run:
         """The resolved settings."""
         return self.plan.config
 
-    @property
-    def best(self) -> Path | None:
-        """Where the adapter is that did best on the held-out images so far."""
-        found = lowest(self.measured)
-        return self.folder.adapter(self.config.format, found.step, self.folder.best) if found else None
+    def adapter(self, step: int | None = None) -> Path:
+        """Return where the adapter goes, or where it is as it was after `step`."""
+        return self.folder.adapter(self.config.format, step)
 
     def due(self, every: int) -> bool:
         """Say whether something that is done at the start, after so many steps and at the end is due; 0: never."""
@@ -89,13 +87,13 @@ class Run:
 class TrainedAdapter:
     """What `train` returns. `step`: the last one done; `finished`: False when the run was stopped before its end.
 
-    best: the adapter of the step that did best on the held-out images, if there are any.
+    lowest: the adapter of the step with the lowest loss on the held-out images, if there are any.
     """
 
     path: Path
     step: int
     finished: bool
-    best: Path | None = None
+    lowest: Path | None = None
 
 
 def train(**settings: Any) -> TrainedAdapter:
@@ -275,8 +273,10 @@ def _checkpoint(job: Run) -> None:
         "measured": [list(one) for one in job.measured],
     }
     save_checkpoint(job.folder.checkpoints, job.step, state, job.config.loop.keep_checkpoints)
-    if job.best:  # only now: until here a resumed run would have gone on with the one before
-        keep_only(job.best)
+    if job.step < job.plan.steps:
+        _save(job, job.adapter(job.step))
+    best = lowest(job.measured)
+    drop_adapters(job.folder, best.step if best else None)  # not before: a resumed run has the lowest of its checkpoint
     draw_losses(job.folder.log, job.folder.curve)
 
 
@@ -290,8 +290,8 @@ def _validate(job: Run) -> Iterator[Note]:
     job.measured.append(Measured(job.step, loss))
     if job.accelerator.is_main_process:
         _append(job.folder.log, {"step": job.step, "validation_loss": loss})
-        if job.best and lowest(job.measured) == job.measured[-1]:
-            _save(job, job.best)
+        if lowest(job.measured) == job.measured[-1]:
+            _save(job, job.adapter(job.step))
         yield Note(told(job.measured))
     job.accelerator.log({"validation_loss": loss}, step=job.step)
 
@@ -307,17 +307,19 @@ def _preview(job: Run) -> Iterator[Note]:
 
 def _finish(job: Run) -> Generator[Record, None, None]:
     """Save the adapter."""
-    config, finished = job.config, job.step >= job.plan.steps
-    path = job.folder.adapter(config.format, None if finished else job.step)
-    if job.accelerator.is_main_process:
+    finished = job.step >= job.plan.steps
+    path = job.adapter(None if finished else job.step)
+    if finished and job.accelerator.is_main_process:
         _save(job, path)
-    text = f"adapter: {path}"
-    best = job.best if job.best and job.best.exists() else None
-    if best:
-        text += f"\n{told(job.measured)}; the best: {best}"
+    text, best = f"adapter: {path}", lowest(job.measured)
+    kept = job.adapter(best.step) if best else None
+    if kept and not kept.exists():  # the run went on under another name
+        kept = None
+    if kept:
+        text += f"\n{told(job.measured)}: {kept}"
     if not finished:
         text = f"stopped at step {job.step} of {job.plan.steps}; go on with --resume\n{text}"
-    yield Done(TrainedAdapter(path, job.step, finished, best), text, 0 if finished else 130)
+    yield Done(TrainedAdapter(path, job.step, finished, kept), text, 0 if finished else 130)
 
 
 def _save(job: Run, path: Path) -> None:
