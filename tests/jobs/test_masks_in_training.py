@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from tests.jobs.train_helpers import notes, trained
 from vislora.errors import ConfigError, DataError
+from vislora.records import Progress
 from vislora.training.loss import mean_of
 
 
@@ -36,6 +37,7 @@ def test_every_family_learns_in_part(family, tmp_path):
     whole, _ = trained(tmp_path, family, output=tmp_path / "whole", loop__steps=2)
     part, records = trained(tmp_path, family, data__masks=masks, loop__steps=2)
     assert "2 of 4 images have a mask" in notes(records)
+    assert Progress("caching masks", 1, 1) in records  # both are the same bytes
     assert set(load_file(part.path)) == set(load_file(whole.path))
     assert part.path.read_bytes() != whole.path.read_bytes()
 

@@ -90,9 +90,14 @@ def views(
 
 
 def cache_latents(
-    cache: Cache, wanted: Sequence[Sequence[View]], encode: Callable[[Tensor], Tensor], *, batch_size: int = 1
+    cache: Cache,
+    wanted: Sequence[Sequence[View]],
+    encode: Callable[[Tensor], Tensor],
+    *,
+    batch_size: int = 1,
+    what: str = "latents",
 ) -> Generator[Progress, None, int]:
-    """Encode every view that `cache` does not have; yield progress; return how many were encoded.
+    """Encode every view that `cache` does not have; yield progress, of `what`; return how many were encoded.
 
     `wanted`: what `views` returned. `encode`: pixels (batch, 3, height, width) in [-1, 1], float32 on the CPU ->
     latents (batch, channels, height', width'), one per image in the same order.
@@ -104,14 +109,14 @@ def cache_latents(
     unique = {view.key: view for its_views in wanted for view in its_views}
     todo = [view for view in unique.values() if cache.get(view.key) is None]
     done = len(unique) - len(todo)
-    yield Progress("caching latents", done, len(unique))
+    yield Progress(f"caching {what}", done, len(unique))
     by_bucket = groupby(sorted(todo, key=lambda view: view.bucket), key=lambda view: view.bucket)
     parts = (part for _, group in by_bucket for part in _chunks(list(group), batch_size))
     for part, pixels in _read_ahead(parts):
         for view, latents in zip(part, _encoded(encode, pixels, part), strict=True):
             cache.put(view.key, {"latents": latents, **_geometry(view)})
         done += len(part)
-        yield Progress("caching latents", done, len(unique))
+        yield Progress(f"caching {what}", done, len(unique))
     return len(todo)
 
 

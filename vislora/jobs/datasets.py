@@ -165,7 +165,7 @@ def _masks(
     masks = find_masks(found.examples, data.folder, data.masks, recursive=data.recursive, left_out=left_out)
     shown = mask_views(wanted, masks)
     there = [[view for view in its_views if view] for its_views in shown]
-    yield from cache_latents(cache, there, shrunk, batch_size=images_at_once(plan.resolution))
+    yield from cache_latents(cache, there, shrunk, batch_size=images_at_once(plan.resolution), what="masks")
     require_some(cache, chain.from_iterable(there))
     yield Note(f"{sum(map(bool, masks))} of {len(masks)} images have a mask")
     return [mask for mask in masks if mask], shown
