@@ -38,8 +38,9 @@ def test_every_family_learns_in_part(family, tmp_path):
     part, records = trained(tmp_path, family, data__masks=masks, loop__steps=2)
     assert "2 of 4 images have a mask" in notes(records)
     assert Progress("caching masks", 1, 1) in records  # both are the same bytes
-    assert set(load_file(part.path)) == set(load_file(whole.path))
-    assert part.path.read_bytes() != whole.path.read_bytes()
+    one, other = load_file(part.path), load_file(whole.path)
+    assert set(one) == set(other)
+    assert any(not torch.equal(one[key], other[key]) for key in one)  # the files' metadata differ anyway
 
 
 def test_a_white_mask_changes_nothing(tmp_path):
@@ -47,7 +48,7 @@ def test_a_white_mask_changes_nothing(tmp_path):
     for path in masks.iterdir():
         Image.new("L", (24, 24), 255).save(path)
     whole, _ = trained(tmp_path, output=tmp_path / "whole")
-    white, _ = trained(tmp_path, data__masks=masks, data__held_out=0.0)
+    white, _ = trained(tmp_path, data__masks=masks)
     one, other = load_file(whole.path), load_file(white.path)
     assert all(torch.allclose(one[key], other[key], atol=1e-5) for key in one)
 
