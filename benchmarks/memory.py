@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,14 @@ from vislora.inject.injection import FreshOptions
 from vislora.inject.targets import Target, select
 from vislora.jobs.memory import GIB, Estimate, Step, bare_estimate
 from vislora.models.base import load_family
+from vislora.models.quantized import block_layers
 from vislora.models.weightless import weightless, weightless_module
 from vislora.training.loss import LossOptions
+from vislora.training.memory import module_bytes
 
 RANK = 16
+BITS = {"int8": 8.0, "nf4": 4 + 8 / 64 + 32 / (64 * 256)}
+"""Bits of a weight: of nf4 with the scale of each 64, in 8 bits, and the scale of 256 of those (tests hold them)."""
 
 
 @dataclass(frozen=True)
@@ -91,15 +95,26 @@ def measured(case: Case, dtype: torch.dtype, checkpointing: bool) -> Estimate:
     return bare_estimate(bare, step)
 
 
+def quantized(model: nn.Module, kind: str) -> float:
+    """Return the bytes of a model of which the linear layers of its blocks are in 8 or 4 bits."""
+    weights = [cast(nn.Linear, model.get_submodule(path)).weight for path in block_layers(model)]
+    scales = {"int8": 4 * sum(len(weight) for weight in weights), "nf4": 0}
+    numbers = sum(weight.numel() for weight in weights)
+    return module_bytes(model) - sum(weight.nbytes for weight in weights) + numbers * BITS[kind] / 8 + scales[kind]
+
+
 def rows() -> Iterator[str]:
     """Yield the lines of the table."""
-    yield f"| base | denoiser fp32 | bf16 | adapter, rank {RANK} | a step, bf16 | with checkpointing | bf16 in all |"
-    yield "|---|---|---|---|---|---|---|"
+    head = f"| base | denoiser fp32 | bf16 | adapter, rank {RANK} | a step, bf16 | with checkpointing | bf16 in all "
+    yield f"{head}| int8 in all | nf4 in all |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for case in CASES:
         plain, saving = (measured(case, torch.bfloat16, checkpointing) for checkpointing in (False, True))
         weights = plain.weights["denoiser"]
         small = (plain.adapter // 2, plain.activations, saving.activations)
-        cells = [weights * 2, weights, *small, weights + saving.step]
+        model = denoiser(case.config, torch.bfloat16)
+        less = [quantized(model, kind) for kind in BITS]
+        cells = [weights * 2, weights, *small, *(size + saving.step for size in (weights, *less))]
         yield f"| {case.title} | {' | '.join(f'{cell / GIB:.2f}' for cell in cells)} |"
 
 

@@ -62,3 +62,5 @@ class GenerateConfig(ComposedStackConfig):
     """Where to run."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the base; auto: fp32 on a CPU, bf16 on a GPU."""
+    quantize: Literal["no", "int8", "nf4"] = "no"
+    """Bits of the base's large weights, for a half or a quarter of their memory (extra `quantize`)."""

@@ -159,6 +159,8 @@ class TrainConfig(Section):
     """Start anew in a run folder that already holds a run."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train."""
+    quantize: Literal["no", "int8", "nf4"] = "no"
+    """Bits of the base's large weights, for a half or a quarter of their memory (extra `quantize`)."""
     data: DataConfig
     """Images and captions."""
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from vislora.errors import ConfigError, nearest
-from vislora.inject.layer import LayerState, state_of, untracked
+from vislora.inject.layer import LayerState, is_wrapped, state_of, untracked
 from vislora.inject.parts import PerImage, parts_of
 from vislora.inject.stack import Stack, existing_stack
 from vislora.inject.targets import unwrapped
@@ -93,6 +93,7 @@ def _reasons(layer: nn.Module, state: LayerState, engine: str) -> Iterator[tuple
     own = state.base_class.forward not in PLAIN or not isinstance(weight, Tensor)
     yield own, f"{state.base_class.__name__} computes in a way of its own"
     assert isinstance(weight, Tensor)
+    yield is_wrapped(weight), f"the weight is kept as {type(weight).__name__}"
     yield weight.is_meta or getattr(layer.__dict__.get("_hf_hook"), "offload", False), "the weight is away (offloading)"
     narrow = not weight.dtype.is_floating_point or weight.dtype.itemsize < 2
     yield narrow, "the weight has too few bits to add to"

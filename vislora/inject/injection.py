@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vislora.algorithms.base import Algorithm, Init, InitOptions, LayerSpec, Rule, fits, require_kind
 from vislora.algorithms.dora import Axis, norms
 from vislora.errors import AdapterFileError, AdapterMismatchError, ConfigError, listed
+from vislora.inject.layer import is_wrapped
 from vislora.inject.moment import Moment
 from vislora.inject.parts import Dropout, LayerAdapter, takes_lora
 from vislora.inject.stack import Stack, existing_stack, settle, stack_of
@@ -307,7 +308,7 @@ def _unlike_bias(layer: nn.Module, module: FileModule) -> str | None:
 def _readable(layer: nn.Module, spec: LayerSpec) -> bool:
     """Say whether the weight of `layer` is plain numbers, and not those of a quantised layer."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    return tuple(weight.shape) == spec.weight_shape and weight.dtype.is_floating_point
+    return tuple(weight.shape) == spec.weight_shape and weight.dtype.is_floating_point and not is_wrapped(weight)
 
 
 def _layer_adapter(layer: nn.Module, module: FileModule, moment: Moment) -> LayerAdapter:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vislora.algorithms.base import apply_weight
 from vislora.errors import AdapterMismatchError, ConfigError
@@ -197,6 +198,11 @@ def adapted_class(base_class: type[nn.Module]) -> type[nn.Module]:
 def _rebuilt(base_class: type[nn.Module]) -> nn.Module:
     cls = adapted_class(base_class)
     return cls.__new__(cls)
+
+
+def is_wrapped(weight: Tensor) -> bool:
+    """Say whether a weight only looks like one tensor: quantised by torchao, or shared out among devices."""
+    return is_traceable_wrapper_subclass(weight)
 
 
 def state_of(layer: nn.Module) -> LayerState | None:

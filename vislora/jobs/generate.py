@@ -44,7 +44,7 @@ def run(config: GenerateConfig) -> Iterator[Record]:
     named = dict.fromkeys([*always, *(name for prompt in prompts for name in prompt.strengths)])
     labels, paths = label_adapters(named, config.adapters)
     source = None if config.source is None else Source.of(config.source)
-    studio = open_studio(config.base, config.device, config.precision, config.base_parts)
+    studio = open_studio(config.base, config.device, config.precision, config.base_parts, config.quantize)
     studio.source = source
     how = sampling(studio.family, config)
     require_source(studio.family, config.source is not None)
@@ -170,7 +170,7 @@ def _ways(method: str, names: dict[str, Any], chosen: ComposeConfig) -> Iterator
 def _repeat(config: GenerateConfig, source: Path) -> Iterator[Record]:
     """Make the image of a recipe again: same base, adapters, batch. Raises a `VisloraError` when one has changed."""
     recipe = read_recipe(source)
-    studio = open_studio(recipe.base, config.device, recipe.precision, recipe.base_parts)
+    studio = open_studio(recipe.base, config.device, recipe.precision, recipe.base_parts, recipe.quantize)
     if studio.base_hash != recipe.base_hash:
         raise ModelError(f"like: the base '{recipe.base or 'embedded'}' is not the one that {source} was made with")
     for row in recipe.adapters:

@@ -8,7 +8,7 @@ precision, what kernels use for themselves, the device's own context, gaps betwe
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ def estimate(family: Family, step: Step) -> Estimate:
 
     Raises what torch does for a model whose computing depends on what is in its tensors: that cannot be foreseen.
     """
-    return bare_estimate(weightless(family), step)
+    return replace(bare_estimate(weightless(family), step), weights=weight_bytes(family))
 
 
 def bare_estimate(bare: Family, step: Step) -> Estimate:
@@ -128,6 +128,8 @@ def _savings(config: TrainConfig) -> Iterator[str]:
     loop = config.loop
     if not loop.gradient_checkpointing:
         yield "--gradient-checkpointing"
+    if config.quantize == "no":
+        yield "--quantize int8 or nf4"
     if loop.batch_size != 1:
         yield "a smaller --batch-size with --gradient-accumulation"
     if loop.mixed_precision == "no":

@@ -32,7 +32,7 @@ class Recipe:
     changes the last bits. `adapters`: rows of name, path, sha256 and `strength` (see `strengths.as_json`); where the
     images of the batch have stacks of their own, `batch` holds the strength on each. `engine`: merged or stacked.
     `compose`: the composition's method and settings. `source`: the image that was edited. `base_parts`: the folder
-    beside a base in one file.
+    beside a base in one file. `quantize`: see `models.quantized`.
     """
 
     base: str
@@ -49,6 +49,7 @@ class Recipe:
     compose: dict[str, Any] = field(default_factory=lambda: {"method": "sum"})
     source: Source | None = None
     base_parts: str = ""
+    quantize: str = "no"
 
     @property
     def shot(self) -> Shot:

@@ -70,6 +70,7 @@ class Studio:
     compose: ComposeConfig = field(default_factory=ComposeConfig)
     source: Source | None = None
     base_parts: str = ""
+    quantize: str = "no"
 
     def load(self, name: str, path: Path, allow_partial: bool = False, allow_pickle: bool = False) -> Iterator[Note]:
         """Load an adapter at strength 0; yields what was odd in its file, and a note for every module without a fit."""
@@ -164,15 +165,16 @@ class Studio:
             compose=compose,
             source=self.source,
             base_parts=self.base_parts,
+            quantize=self.quantize,
         )
 
 
-def open_studio(base: str, device: str, precision: str, parts: str = "") -> Studio:
+def open_studio(base: str, device: str, precision: str, parts: str = "", quantize: str = "no") -> Studio:
     """Load a base for generation ('' is the embedded one). Raises `ModelError` or `ConfigError`."""
     where = pick_device(device)
     kind = pick_precision(precision, where)
-    family = load_family(base or None, DTYPES[kind], where, parts or None)
-    return Studio(family, base, base_hash(base, parts), kind, where, base_parts=parts)
+    family = load_family(base or None, DTYPES[kind], where, parts or None, quantize)
+    return Studio(family, base, base_hash(base, parts), kind, where, base_parts=parts, quantize=quantize)
 
 
 def batches(

@@ -175,7 +175,7 @@ def _steps(job: Run) -> Iterator[StepRecord]:
 def _load_base(config: TrainConfig, accelerator: Accelerator) -> Family:
     device = accelerator.device
     dtype = DTYPES[pick_precision(config.loop.mixed_precision, device)]
-    family = load_family(config.base or None, dtype, device, config.base_parts or None)
+    family = load_family(config.base or None, dtype, device, config.base_parts or None, config.quantize)
     if config.loop.gradient_checkpointing:
         family.components["denoiser"].enable_gradient_checkpointing()  # type: ignore[operator]
     # on a CPU convs are faster so

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vislora.diffusion import Objective
 from vislora.errors import ModelError, VisloraError, nearest
+from vislora.models.quantized import quantize_base, require_library
 from vislora.registry import FAMILIES
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "base"
@@ -130,18 +131,31 @@ def place_of(base: str | Path | None) -> Path:
 
 
 def load_family(
-    base: str | Path | None, dtype: torch.dtype, device: torch.device, parts: str | Path | None = None
+    base: str | Path | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    parts: str | Path | None = None,
+    quantize: str = "no",
 ) -> Family:
     """Load a base model: a diffusers folder, a hub name, a single file, or an embedded one (None, `icons-dit`).
 
-    `parts`: for a file, the diffusers folder with what it does not hold; see `models.single`.
+    `parts`: for a file, the diffusers folder with what it does not hold; see `models.single`. `quantize`: see
+    `models.quantized`; such a base is loaded in main memory first.
     Raises `ModelError` when it is missing, incomplete, or of no known family.
     """
+    place = device
+    if quantize != "no":
+        require_library(quantize)
+        place = torch.device("cpu")
+
+    def prepared(load: Callable[[torch.device], Family]) -> Family:
+        return _prepared(path, lambda: _quantized(load(place), quantize, device))
+
     path = place_of(base)
     if path.is_file():
         from vislora.models.single import load_file
 
-        return _prepared(path, partial(load_file, path, Path(parts) if parts else None, dtype, device))
+        return prepared(partial(load_file, path, Path(parts) if parts else None, dtype))
     if parts:
         raise ModelError(f"--base-parts is for a base in one file; {path} is none")
     index = read_index(path)
@@ -149,7 +163,7 @@ def load_family(
     for family in FAMILIES.values():
         if class_name in family.card.pipelines:
             _require_parts(path, index)
-            return _prepared(path, partial(family.load, path, dtype, device))
+            return prepared(partial(family.load, path, dtype))
     known = ", ".join(name for family in FAMILIES.values() for name in family.card.pipelines)
     raise ModelError(f"base {path} is a {class_name}, which no family of vislora handles; known: {known}")
 
@@ -271,6 +285,13 @@ def _prepared(path: Path, load: Callable[[], Family]) -> Family:
             raise ModelError(str(error)) from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"base {path} cannot be loaded: {first}") from error
+
+
+def _quantized(loaded: Family, quantize: str, device: torch.device) -> Family:
+    if quantize != "no":
+        quantize_base(loaded.pipeline, loaded.card.attributes["denoiser"], quantize, device)
+        loaded.pipeline.to(device)
+    return loaded
 
 
 def tokenizers_of(pipeline: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
+from vislora.models.quantized import statistics
 from vislora.training.optim import ParameterGroup, make_optimizer
 
 
@@ -78,8 +79,8 @@ def optimizer_bytes(name: str, parameters: Iterable[Tensor]) -> int:
 
 
 def module_bytes(module: nn.Module) -> int:
-    """Return the bytes of the parameters and buffers of `module`."""
-    return _bytes([*module.parameters(), *module.buffers()])
+    """Return the bytes of the parameters and buffers of `module`, and of what goes with quantised ones."""
+    return _bytes([*module.parameters(), *module.buffers(), *statistics(module)])
 
 
 def _bytes(tensors: Iterable[Any]) -> int:
