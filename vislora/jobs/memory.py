@@ -7,7 +7,7 @@ precision, what kernels use for themselves, the device's own context, gaps betwe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,12 +68,13 @@ class Step:
     optimizer: str
 
 
-def estimate(family: Family, step: Step) -> Estimate:
+def estimate(family: Family, step: Step, away: Collection[str] = ()) -> Estimate:
     """Return what training takes; `family` is loaded, without adapters, and stays as it is.
 
+    away: modules of its pipeline that do not count, as they are not on the device.
     Raises what torch does for a model whose computing depends on what is in its tensors: that cannot be foreseen.
     """
-    return replace(bare_estimate(weightless(family), step), weights=weight_bytes(family))
+    return replace(bare_estimate(weightless(family), step), weights=weight_bytes(family, away))
 
 
 def bare_estimate(bare: Family, step: Step) -> Estimate:
@@ -99,10 +100,11 @@ def bare_estimate(bare: Family, step: Step) -> Estimate:
     return Estimate(weights, 2 * sizes, state, kept)
 
 
-def weight_bytes(family: Family) -> dict[str, int]:
-    """Return component -> bytes of all modules of the pipeline; one without adapters has its name in the pipeline."""
+def weight_bytes(family: Family, away: Collection[str] = ()) -> dict[str, int]:
+    """Return component -> bytes of the pipeline's modules but `away`; one without adapters has its name there."""
     names = {attribute: name for name, attribute in family.card.attributes.items()}
-    modules = {name: part for name, part in family.pipeline.components.items() if isinstance(part, nn.Module)}
+    here = {name: part for name, part in family.pipeline.components.items() if name not in away}
+    modules = {name: part for name, part in here.items() if isinstance(part, nn.Module)}
     sizes = {names.get(name, name): module_bytes(part) for name, part in modules.items()}
     return dict(sorted(sizes.items(), key=lambda item: item[0] != "denoiser"))
 

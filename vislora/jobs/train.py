@@ -44,6 +44,7 @@ from vislora.jobs.run_folder import (
     settings_of,
 )
 from vislora.models.base import Family, load_family
+from vislora.models.resting import Resting, all_but_denoiser
 from vislora.records import Done, Note, Progress, Record, result
 from vislora.training.checkpoints import save_checkpoint
 from vislora.training.interrupt import stop_on_signal
@@ -66,6 +67,7 @@ class Run:
     module: DenoisingLoss
     optimizer: torch.optim.Optimizer
     about: Trained
+    resting: Resting
     step: int = 0
     measured: list[Measured] = field(default_factory=list)
 
@@ -116,12 +118,13 @@ def run(config: TrainConfig) -> Iterator[Record]:
         data = yield from prepare_data(plan, family, folder)
         about = Trained(family, base_hash(config.base, config.base_parts), data.examples, data.buckets, started)
         chosen = chosen_layers(config, family)
-        yield from _memory(plan, family, data, chosen, accelerator.device)
+        resting = _rested(config, family, accelerator.device)
+        yield from _memory(plan, family, data, chosen, resting)
         with injected(config, family, chosen) as adapters:
             _require_writable(adapters, plan, family)
             for line in summary(family.components, adapters):
                 yield Note(line)
-            job = _assemble(plan, folder, family, data, adapters, accelerator, about)
+            job = _assemble(plan, folder, family, data, adapters, accelerator, about, resting)
             if state is not None:
                 _restore(job, state)
                 yield Note(f"going on from step {job.step} of {plan.steps}")
@@ -183,6 +186,13 @@ def _load_base(config: TrainConfig, accelerator: Accelerator) -> Family:
     return family
 
 
+def _rested(config: TrainConfig, family: Family, device: torch.device) -> Resting:
+    """Put what only the caching and the previews need into main memory; with text encoders, each step needs more."""
+    resting = Resting(device=device) if config.adapter.text_encoders else all_but_denoiser(family, device)
+    resting.rest()
+    return resting
+
+
 def _loss_options(config: TrainConfig) -> LossOptions:
     loop, prior = config.loop, config.prior
     timesteps = Timesteps(loop.timesteps, loop.timestep_shift)
@@ -190,19 +200,20 @@ def _loss_options(config: TrainConfig) -> LossOptions:
 
 
 def _memory(
-    plan: Plan, family: Family, data: Prepared, chosen: Mapping[str, Mapping[str, Target]], device: torch.device
+    plan: Plan, family: Family, data: Prepared, chosen: Mapping[str, Mapping[str, Target]], resting: Resting
 ) -> Iterator[Note]:
     """Say what memory the run takes, and whether the device has it."""
     config = plan.config
     options = fresh_options(config), _loss_options(config)
     try:
-        found = estimate(family, Step(chosen, *options, data.largest_batch(), config.optimizer.name))
+        step = Step(chosen, *options, data.largest_batch(), config.optimizer.name)
+        found = estimate(family, step, away=resting.parts)
     except VisloraError:
         raise
     except Exception as error:  # nothing that a model does without its weights may keep it from training
         yield Note(f"memory: no estimate; this base cannot be run without its weights ({type(error).__name__})")
         return
-    yield from memory_notes(found, free_bytes(device), config)
+    yield from memory_notes(found, free_bytes(resting.device), config)
 
 
 def _require_writable(adapters: dict[str, AdapterSet], plan: Plan, family: Family) -> None:
@@ -223,6 +234,7 @@ def _assemble(
     adapters: dict[str, AdapterSet],
     accelerator: Accelerator,
     about: Trained,
+    resting: Resting,
 ) -> Run:
     config = plan.config
     groups = [
@@ -233,7 +245,7 @@ def _assemble(
     module = DenoisingLoss(family, adapters, _loss_options(config))
     optimizer = make_optimizer(config.optimizer.name, groups, config.optimizer.weight_decay)
     module, optimizer = accelerator.prepare(module, optimizer)
-    return Run(plan, folder, family, data, adapters, accelerator, module, optimizer, about)
+    return Run(plan, folder, family, data, adapters, accelerator, module, optimizer, about, resting)
 
 
 def _restore(job: Run, state: Mapping[str, Any]) -> None:
@@ -301,7 +313,8 @@ def _preview(job: Run) -> Iterator[Note]:
         path = job.folder.samples / f"{job.step:06d}.png"
         captions = [example.caption for example in job.data.examples[:4]]
         sources = [source.path for source in job.data.sources[:4]]
-        preview(job.family, job.module, job.plan, captions, sources, path)
+        with job.resting.at_work():
+            preview(job.family, job.module, job.plan, captions, sources, path)
         yield Note(f"samples: {path}")
 
 

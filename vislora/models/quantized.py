@@ -75,6 +75,11 @@ def is_quantized(layer: nn.Module) -> bool:
     return not weight.dtype.is_floating_point or tuple(weight.shape) != (layer.out_features, layer.in_features)
 
 
+def stays(model: nn.Module) -> bool:
+    """Say whether `model` must stay on its device: layers of int8 are not made to be moved once they have computed."""
+    return any(is_quantized(layer) and layer.weight.dtype == torch.int8 for layer in model.modules())
+
+
 def statistics(model: nn.Module) -> list[Tensor]:
     """Return what quantised layers keep beside their weights: scales and the like."""
     own = {name for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
