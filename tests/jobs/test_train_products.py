@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
@@ -51,16 +52,20 @@ def test_a_run_with_dora_goes_on_to_the_same_bits(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "form", "reason"),
+    ("family", "kind", "form", "reason"),
     [
-        ("sd3", "kohya", "modules that kohya files fuse into one: its parts of kind loha do not share"),
-        ("sd", "diffusers", "diffusers files have no slot"),
+        ("sd3", "loha", "kohya", "modules that kohya files fuse into one: its parts of kind loha do not share"),
+        # at first they do, as what is trained of them is zero
+        ("sd3", "lokr", "kohya", "modules that kohya files fuse into one: its parts of kind lokr do not share"),
+        ("sd", "loha", "diffusers", "diffusers files have no slot"),
     ],
 )
-def test_what_no_file_can_hold_is_refused_before_training(family, form, reason, tmp_path):
-    settings = config(tmp_path, family, adapter__algorithm="loha", format=form)
-    with pytest.raises(ConfigError, match=reason):
+def test_what_no_file_can_hold_is_refused_before_training(family, kind, form, reason, tmp_path):
+    settings = config(tmp_path, family, adapter__algorithm=kind, format=form)
+    with pytest.raises(ConfigError, match=reason) as caught:
         list(run(settings))
+    able = re.search(r"what can: --format (\w+)", str(caught.value))
+    trained(tmp_path, family, adapter__algorithm=kind, format=able[1])
 
 
 def test_kinds_may_differ_by_pattern(tmp_path):

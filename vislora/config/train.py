@@ -67,6 +67,8 @@ class OptimizerConfig(Section):
     """Peak learning rate. Default: the base's, 1e-4 for real models."""
     text_encoder_learning_rate: float | None = Field(None, gt=0, le=10)
     """Peak rate of the text encoders' adapters. Default: half of the learning rate."""
+    lora_plus_ratio: float = Field(1.0, gt=0, le=1000)
+    """LoRA+: what starts at zero (the up projection) learns at this many times the rate."""
     weight_decay: float = Field(0.01, ge=0)
     """Weight decay."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -98,6 +100,8 @@ class LoopConfig(Section):
     """Below 1 more of the low noise is trained, which decides on strokes and texture; beyond 1 more of the high."""
     noise_offset: float = Field(0.0, ge=0, le=1)
     """Add this much noise that is the same over a whole channel, for very dark or bright images."""
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Decay, such as 0.99, of an average over the steps' adapters, which is then sampled and saved; 0: none."""
     save_every: int = Field(200, ge=0)
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int = Field(2, ge=1)

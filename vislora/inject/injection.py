@@ -48,6 +48,7 @@ class AdapterSet(nn.Module):
             own = layer.slots if layer.magnitude is None else {**layer.slots, MAGNITUDE: layer.magnitude}
             for slot, tensor in own.items():
                 self.register_parameter(f"{path.replace('.', '/')}:{slot}", tensor)  # type: ignore[arg-type]
+        self._ups = [parameter for parameter in self.slots() if not parameter.any()]
         self.train(True)
 
     def train(self, mode: bool = True) -> AdapterSet:
@@ -70,6 +71,10 @@ class AdapterSet(nn.Module):
     def slots(self) -> list[nn.Parameter]:
         """Return all parameters but the magnitudes."""
         return [item for name, item in self.named_parameters() if not name.endswith(f":{MAGNITUDE}")]
+
+    def ups(self) -> list[nn.Parameter]:
+        """Return the slots that were zero when they were fresh: the up projection, and its like in other algorithms."""
+        return self._ups
 
     def magnitudes(self) -> list[nn.Parameter]:
         """Return DoRA's magnitudes: zero is not where they have no effect, so weight decay is not for them."""

@@ -14,13 +14,16 @@ import torch
 from vislora.data.buckets import Bucket
 from vislora.data.dataset import counts
 from vislora.data.scan import Example, dataset_hash
+from vislora.errors import ConfigError, listed
 from vislora.formats.adapter_file import AdapterFile, AdapterModule
 from vislora.formats.names import FAMILY_NAMES, canonical
+from vislora.formats.writing import unwritable
 from vislora.inject.injection import AdapterSet
 from vislora.jobs.devices import DTYPES
 from vislora.jobs.plan import Plan
 from vislora.jobs.recipes import versions
 from vislora.models.base import Family
+from vislora.registry import FORMATS
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,23 @@ def modules_of(adapters: Mapping[str, AdapterSet], dtype: torch.dtype) -> list[A
         for component, parameters in adapters.items()
         for path, meta, slots, magnitude in parameters.modules_with_slots()
     ]
+
+
+def require_writable(adapters: Mapping[str, AdapterSet], plan: Plan, family: Family) -> None:
+    """Raise `ConfigError` when the format of the settings has no place for fresh `adapters` as they will be."""
+    form = plan.config.format
+    modules = modules_of(adapters, DTYPES[plan.config.save_precision])
+    generator = torch.Generator().manual_seed(0)
+    for module in modules:  # what is zero in all of them, and so the same, will be so no longer
+        module.tensors = {
+            slot: torch.rand(tensor.shape, generator=generator).to(tensor) for slot, tensor in module.tensors.items()
+        }
+    made = AdapterFile(modules=modules, family=family.card.name)
+    losses = unwritable(made, form)
+    if losses:
+        able = [other for other in FORMATS if FORMATS[other].writable and not unwritable(made, other)]
+        hint = f"; what can: --format {' or '.join(able)}" if able else ""
+        raise ConfigError(listed(f"format: a {form} file cannot hold the adapter{hint}", map(str, losses)))
 
 
 def _metadata(plan: Plan, trained: Trained, name: str, step: int) -> dict[str, str]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,11 @@ from accelerate import Accelerator
 
 from vislora import formats
 from vislora.config.train import TrainConfig
-from vislora.data.scan import dataset_hash
-from vislora.diffusion import Timesteps
-from vislora.errors import ConfigError, VisloraError, listed
-from vislora.formats.adapter_file import AdapterFile
-from vislora.formats.writing import unwritable
-from vislora.inject.injection import AdapterSet, summary
+from vislora.errors import VisloraError
+from vislora.inject.injection import summary
 from vislora.inject.targets import Target
 from vislora.jobs.accelerated import accelerated
-from vislora.jobs.adapter_files import Trained, adapter_file, modules_of
+from vislora.jobs.adapter_files import Trained, adapter_file, require_writable
 from vislora.jobs.curves import draw_losses
 from vislora.jobs.datasets import Prepared, prepare_data
 from vislora.jobs.devices import DTYPES, free_bytes, pick_precision
@@ -34,55 +29,15 @@ from vislora.jobs.plan import Plan, make_plan
 from vislora.jobs.previews import preview
 from vislora.jobs.priors import ask_base
 from vislora.jobs.recipes import base_hash
-from vislora.jobs.run_folder import (
-    RunFolder,
-    begin,
-    drop_adapters,
-    open_folder,
-    require_same,
-    require_same_contents,
-    settings_of,
-)
+from vislora.jobs.run_folder import begin, drop_adapters, open_folder, require_same
+from vislora.jobs.run_state import Run, assemble, loss_options, restore, state_of
 from vislora.models.base import Family, load_family
 from vislora.models.resting import Resting, all_but_denoiser
 from vislora.records import Done, Note, Progress, Record, result
 from vislora.training.checkpoints import save_checkpoint
 from vislora.training.interrupt import stop_on_signal
 from vislora.training.loop import LoopOptions, StepRecord, fit
-from vislora.training.loss import DenoisingLoss, LossOptions
-from vislora.training.optim import ParameterGroup, make_optimizer
 from vislora.training.validation import Measured, lowest, validation_loss
-
-
-@dataclass
-class Run:
-    """Everything that one run holds."""
-
-    plan: Plan
-    folder: RunFolder
-    family: Family
-    data: Prepared
-    adapters: dict[str, AdapterSet]
-    accelerator: Accelerator
-    module: DenoisingLoss
-    optimizer: torch.optim.Optimizer
-    about: Trained
-    resting: Resting
-    step: int = 0
-    measured: list[Measured] = field(default_factory=list)
-
-    @property
-    def config(self) -> TrainConfig:
-        """The resolved settings."""
-        return self.plan.config
-
-    def adapter(self, step: int | None = None) -> Path:
-        """Return where the adapter goes, or where it is as it was after `step`."""
-        return self.folder.adapter(self.config.format, step)
-
-    def due(self, every: int) -> bool:
-        """Say whether something that is done at the start, after so many steps and at the end is due; 0: never."""
-        return bool(every) and (self.step % every == 0 or self.step == self.plan.steps)
 
 
 @dataclass(frozen=True)
@@ -121,12 +76,12 @@ def run(config: TrainConfig) -> Iterator[Record]:
         resting = _rested(config, family, accelerator.device)
         yield from _memory(plan, family, data, chosen, resting)
         with injected(config, family, chosen) as adapters:
-            _require_writable(adapters, plan, family)
+            require_writable(adapters, plan, family)
             for line in summary(family.components, adapters):
                 yield Note(line)
-            job = _assemble(plan, folder, family, data, adapters, accelerator, about, resting)
+            job = assemble(plan, folder, family, data, adapters, accelerator, about, resting)
             if state is not None:
-                _restore(job, state)
+                restore(job, state)
                 yield Note(f"going on from step {job.step} of {plan.steps}")
             elif config.resume:
                 yield Note(f"{folder.root} holds no checkpoint yet: starting at step 0")
@@ -149,6 +104,8 @@ def _loop(job: Run) -> Generator[Record, None, None]:
     with stop_on_signal() as stop:
         for record in _steps(job):
             job.step = record.step
+            if job.average is not None:
+                job.average.update(job.step)
             _log(job, record)
             yield _progress(record, job.plan.steps, began, first)
             yield from _validate(job)
@@ -193,18 +150,12 @@ def _rested(config: TrainConfig, family: Family, device: torch.device) -> Restin
     return resting
 
 
-def _loss_options(config: TrainConfig) -> LossOptions:
-    loop, prior = config.loop, config.prior
-    timesteps = Timesteps(loop.timesteps, loop.timestep_shift)
-    return LossOptions(loop.min_snr_gamma, loop.noise_offset, prior.weight, prior.share, timesteps)
-
-
 def _memory(
     plan: Plan, family: Family, data: Prepared, chosen: Mapping[str, Mapping[str, Target]], resting: Resting
 ) -> Iterator[Note]:
     """Say what memory the run takes, and whether the device has it."""
     config = plan.config
-    options = fresh_options(config), _loss_options(config)
+    options = fresh_options(config), loss_options(config)
     try:
         step = Step(chosen, *options, data.largest_batch(), config.optimizer.name)
         found = estimate(family, step, away=resting.parts)
@@ -216,75 +167,10 @@ def _memory(
     yield from memory_notes(found, free_bytes(resting.device), config)
 
 
-def _require_writable(adapters: dict[str, AdapterSet], plan: Plan, family: Family) -> None:
-    """Raise `ConfigError` when `config.format` has no place for what is about to be trained."""
-    form = plan.config.format
-    losses = unwritable(
-        AdapterFile(modules=modules_of(adapters, DTYPES[plan.config.save_precision]), family=family.card.name), form
-    )
-    if losses:
-        raise ConfigError(listed(f"format: a {form} file cannot hold the adapter:", map(str, losses)))
-
-
-def _assemble(
-    plan: Plan,
-    folder: RunFolder,
-    family: Family,
-    data: Prepared,
-    adapters: dict[str, AdapterSet],
-    accelerator: Accelerator,
-    about: Trained,
-    resting: Resting,
-) -> Run:
-    config = plan.config
-    groups = [
-        ParameterGroup(parameters, plan.learning_rate if name == "denoiser" else plan.text_learning_rate, decays)
-        for name, parts in adapters.items()
-        for decays, parameters in ((True, parts.slots()), (False, parts.magnitudes()))
-    ]
-    module = DenoisingLoss(family, adapters, _loss_options(config))
-    optimizer = make_optimizer(config.optimizer.name, groups, config.optimizer.weight_decay)
-    module, optimizer = accelerator.prepare(module, optimizer)
-    return Run(plan, folder, family, data, adapters, accelerator, module, optimizer, about, resting)
-
-
-def _restore(job: Run, state: Mapping[str, Any]) -> None:
-    require_same_contents(state["contents"], _contents(job), job.folder)
-    job.accelerator.unwrap_model(job.module).load_state_dict(state["adapters"])
-    job.optimizer.load_state_dict(state["optimizer"])
-    job.data.sampler.restore(state["sampler"])
-    job.step = int(state["step"])
-    job.measured = [Measured(*one) for one in state.get("measured", ())]  # older checkpoints have none
-
-
-def _contents(job: Run) -> dict[str, str]:
-    """Return name -> hash of all that a step reads beside the settings."""
-    data = job.config.data
-    examples = [*job.data.examples, *job.data.held_out.examples]
-    images = {_within(example.path, data.folder): dataset_hash([example]) for example in examples}
-    sources = [*job.data.sources, *job.data.held_out.sources]
-    beside = {f"source {_within(source.path, data.sources)}": source.sha256 for source in sources}
-    beside |= {f"mask {_within(mask.path, data.masks)}": mask.sha256 for mask in job.data.masks}
-    return {"the base model": job.about.base_hash, **images, **beside}
-
-
-def _within(path: Path, folder: Path | None) -> str:
-    return Path(os.path.relpath(path, folder)).as_posix()
-
-
 def _checkpoint(job: Run) -> None:
     if not job.accelerator.is_main_process:
         return
-    state = {
-        "step": job.step,
-        "settings": settings_of(job.config),
-        "contents": _contents(job),
-        "sampler": job.data.sampler.state(),
-        "adapters": job.accelerator.unwrap_model(job.module).state_dict(),
-        "optimizer": job.optimizer.state_dict(),
-        "measured": [list(one) for one in job.measured],
-    }
-    save_checkpoint(job.folder.checkpoints, job.step, state, job.config.loop.keep_checkpoints)
+    save_checkpoint(job.folder.checkpoints, job.step, state_of(job), job.config.loop.keep_checkpoints)
     if job.step < job.plan.steps:
         _save(job, job.adapter(job.step))
     best = lowest(job.measured)
@@ -298,7 +184,8 @@ def _validate(job: Run) -> Iterator[Note]:
     if not held_out.examples or not job.due(job.config.loop.validate_every):
         return
     # in every process alike: the others would but wait for the first
-    loss = validation_loss(job.accelerator.unwrap_model(job.module), held_out.batches(), job.config.seed)
+    with job.as_given():
+        loss = validation_loss(job.accelerator.unwrap_model(job.module), held_out.batches(), job.config.seed)
     job.measured.append(Measured(job.step, loss))
     if job.accelerator.is_main_process:
         _append(job.folder.log, {"step": job.step, "validation_loss": loss})
@@ -313,7 +200,7 @@ def _preview(job: Run) -> Iterator[Note]:
         path = job.folder.samples / f"{job.step:06d}.png"
         captions = [example.caption for example in job.data.examples[:4]]
         sources = [source.path for source in job.data.sources[:4]]
-        with job.resting.at_work():
+        with job.resting.at_work(), job.as_given():
             preview(job.family, job.module, job.plan, captions, sources, path)
         yield Note(f"samples: {path}")
 
@@ -336,7 +223,8 @@ def _finish(job: Run) -> Generator[Record, None, None]:
 
 
 def _save(job: Run, path: Path) -> None:
-    made = adapter_file(job.adapters, job.plan, job.about, job.folder.name, job.step)
+    with job.as_given():
+        made = adapter_file(job.adapters, job.plan, job.about, job.folder.name, job.step)
     formats.save(made, path, job.config.format)
 
 
