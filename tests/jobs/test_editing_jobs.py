@@ -14,6 +14,7 @@ from vislora.jobs import train as job
 from vislora.jobs.generate import generate
 from vislora.jobs.recipes import read_recipe
 from vislora.models import base, qwen_image
+from vislora.training.loss import DenoisingLoss
 
 torch.set_num_threads(1)
 
@@ -45,9 +46,9 @@ def seeing(monkeypatch):
 def watched(monkeypatch):
     """Return a list that gets the batch of every step."""
     seen = []
-    forward = job.DenoisingLoss.forward
+    forward = DenoisingLoss.forward
     monkeypatch.setattr(
-        job.DenoisingLoss, "forward", lambda self, batch, draw: (seen.append(batch), forward(self, batch, draw))[1]
+        DenoisingLoss, "forward", lambda self, batch, draw: (seen.append(batch), forward(self, batch, draw))[1]
     )
     return seen
 

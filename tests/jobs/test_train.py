@@ -201,14 +201,14 @@ def test_accumulation_is_the_mean_of_its_parts(tmp_path, monkeypatch):
 
     monkeypatch.setattr(job, "_memory", lambda *args: iter(()))  # it tries a step too
     grads = []
-    original = job.DenoisingLoss.forward
+    original = DenoisingLoss.forward
 
     def forward(self, batch, generator):
         loss = original(self, batch, generator)
         grads.append(torch.autograd.grad(loss, list(self.parameters()), retain_graph=True))
         return loss
 
-    monkeypatch.setattr(job.DenoisingLoss, "forward", forward)
+    monkeypatch.setattr(DenoisingLoss, "forward", forward)
     stepped = []
     original_step = torch.optim.SGD.step
 
@@ -441,13 +441,13 @@ def test_seeds_that_torch_cannot_take(seed, tmp_path):
 @pytest.mark.parametrize("text_encoders", [False, True])
 def test_tags_take_other_places_at_other_visits(text_encoders, tmp_path, monkeypatch):
     seen = []
-    forward = job.DenoisingLoss.forward
+    forward = DenoisingLoss.forward
 
     def watched(module, batch, generator):
         seen.extend(batch["captions"])
         return forward(module, batch, generator)
 
-    monkeypatch.setattr(job.DenoisingLoss, "forward", watched)
+    monkeypatch.setattr(DenoisingLoss, "forward", watched)
     image_folder(tmp_path / "images", 1)
     (tmp_path / "images" / "0.txt").write_text("red, round, bright")
     how = {"adapter__text_encoders": text_encoders, "loop__steps": 12, "loop__batch_size": 1}

@@ -130,5 +130,5 @@ def test_too_little_memory_is_a_warning_that_names_what_helps(tmp_path):
     said, warned = memory_notes(found, GIB, config)
     assert said.text.startswith("memory (estimated): 6.04 GiB: denoiser 4.00 GiB, adapter 20.0 MiB")
     assert "2.04 GiB beside the weights, 1.00 GiB are free" in warned.text
-    assert "--gradient-checkpointing, a smaller --batch-size" in warned.text
+    assert "--gradient-checkpointing, --quantize int8 or nf4, a smaller --batch-size" in warned.text
     assert size_text(3 * MIB) == "3.0 MiB"
