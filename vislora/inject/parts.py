@@ -150,7 +150,8 @@ class LayerAdapter:
         bias: Tensor | None = layer.bias  # type: ignore[assignment]
         plain = base_out if bias is None else base_out - _by_channel(bias.to(base_out.dtype), base_out, layer)
         moved = self.algorithm.forward(x, plain, slots, self.scale, layer, dropped)
-        return base_out + strength * (_by_channel(factor, base_out, layer) * moved - plain)
+        out = base_out + strength * (_by_channel(factor, base_out, layer) * moved - plain)
+        return out.to(base_out.dtype)  # under autocast the factor is wider
 
     def _slots_for(self, out: Tensor) -> dict[str, Tensor]:
         """Return the slots on the device of `out`. Frozen slots follow the model for good; trained ones stay put."""
