@@ -31,22 +31,34 @@ def tokens(count: int) -> torch.Tensor:
 
 def test_grids_of_a_unet_are_its_latents_halved():
     places = Places((12, 9), text=77)
-    assert places.grid("down_blocks.0.attentions.0.proj_in", tokens(108), -1) == (12, 9, 0)
-    assert places.grid("mid_block.attentions.0.ff.net.2", tokens(9), -1) == (3, 3, 0)
-    assert places.grid("up_blocks.0.attn1.to_q", tokens(30), -1) == (6, 5, 0)
+    assert places.grid("down_blocks.0.attentions.0.proj_in", tokens(108), -1) == (12, 9, 0, 0)
+    assert places.grid("mid_block.attentions.0.ff.net.2", tokens(9), -1) == (3, 3, 0, 0)
+    assert places.grid("up_blocks.0.attn1.to_q", tokens(30), -1) == (6, 5, 0, 0)
     assert places.grid("up_blocks.0.attn1.to_q", tokens(77), -1) is None
     assert places.grid("up_blocks.0.attn2.to_k", tokens(108), -1) is None
     assert places.grid("time_embedding.linear_1", torch.zeros(2, 5), -1) is None
-    assert places.grid("conv_in", torch.zeros(2, 5, 4, 3), 1) == (4, 3, 0)
+    assert places.grid("conv_in", torch.zeros(2, 5, 4, 3), 1) == (4, 3, 0, 0)
 
 
 def test_grids_of_transformers_are_patches_and_joint_layers_have_the_text_first():
-    assert Places((16, 8), patch=2).grid("blocks.0.attn.to_q", tokens(32), -1) == (8, 4, 0)
+    assert Places((16, 8), patch=2).grid("blocks.0.attn.to_q", tokens(32), -1) == (8, 4, 0, 0)
     assert Places((16, 8), patch=2).grid("blocks.0.attn.to_q", tokens(128), -1) is None
-    joint = Places((4, 4), text=7, text_first=True)
-    assert joint.grid("single_transformer_blocks.0.proj_mlp", tokens(23), -1) == (4, 4, 7)
+    joint = Places((4, 4), text=7, joint="text first", images=16)
+    assert joint.grid("single_transformer_blocks.0.proj_mlp", tokens(23), -1) == (4, 4, 7, 0)
     assert joint.grid("transformer_blocks.0.ff_context.net.2", tokens(16), -1) is None
+    assert joint.grid("transformer_blocks.0.attn.to_q", tokens(4), -1) is None  # they are never halved
+    editing = Places((4, 4), text=7, joint="text first", images=16 + 9)
+    assert editing.grid("transformer_blocks.0.attn.to_q", tokens(25), -1) == (4, 4, 0, 9)
+    assert editing.grid("single_transformer_blocks.0.attn.to_out", tokens(32), -1) == (4, 4, 7, 9)
     assert Places((4, 4), text=7).grid("single_transformer_blocks.0.proj_mlp", tokens(23), -1) is None
+
+
+def test_z_image_has_the_text_last_and_fills_its_tokens_up():
+    places = Places((5, 4), joint="text last", images=32)
+    assert places.grid("noise_refiner.0.attention.to_q", tokens(32), -1) == (5, 4, 0, 12)
+    assert places.grid("layers.0.attention.to_q", tokens(64), -1) == (5, 4, 0, 44)
+    assert places.grid("context_refiner.0.attention.to_q", tokens(32), -1) is None
+    assert places.grid("cap_embedder.1", tokens(32), -1) is None
 
 
 @pytest.mark.parametrize("name", ["flux", "unet", "sd3", "dit"])

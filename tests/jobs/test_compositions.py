@@ -145,6 +145,17 @@ def test_one_adapter_is_itself_under_any_composition(pipeline):
 
 
 @pytest.mark.parametrize(
+    ("method", "settings"), [("switch", {}), ("composite", {}), ("klora", {"content": "a", "style": "b"})]
+)
+def test_a_composition_of_nothing_is_the_base(method, settings, pipeline):
+    vislora.set_composition(pipeline, method, **settings)
+    vislora.set_strengths(pipeline, {"a": 0.0, "b": 0.0})
+    nothing = images(pipeline)
+    vislora.eject(pipeline)
+    assert torch.equal(images(pipeline), nothing)
+
+
+@pytest.mark.parametrize(
     ("method", "settings", "message"),
     [
         ("swich", {}, "did you mean 'switch'"),

@@ -94,9 +94,9 @@ def known() -> str:
 
 def mixed(model: nn.Module, moment: Moment, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
     """Run `model` as often as the step still asks for, and return `out`, its first output, with the mean prediction."""
-    first, *rest = moment.runs
-    if not rest:
+    if len(moment.runs) < 2:
         return out
+    first, *rest = moment.runs
     prediction = _prediction(out)
     total = first.share * prediction.to(torch.float32)
     for run in rest:

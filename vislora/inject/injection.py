@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vislora.algorithms.base import Algorithm, Init, InitOptions, LayerSpec, Rule, fits, require_kind
 from vislora.algorithms.dora import Axis, norms
 from vislora.errors import AdapterFileError, AdapterMismatchError, ConfigError, listed
-from vislora.inject.layer import is_wrapped
+from vislora.inject.layer import is_wrapped, state_of
 from vislora.inject.moment import Moment
 from vislora.inject.parts import Dropout, LayerAdapter, takes_lora
 from vislora.inject.stack import Stack, existing_stack, settle, stack_of
@@ -250,7 +250,7 @@ def _fresh_magnitude(layer: nn.Module, path: str) -> nn.Parameter:
     assert spec is not None  # the index of the stack holds only such layers
     require_kind("dora", spec, frozenset({"linear", "conv"}))
     if not _readable(layer, spec):
-        raise ConfigError(f"dora: layer '{path}' is a {type(layer).__name__}, which does not keep its weight as it is")
+        raise ConfigError(f"dora: layer '{path}' is a {_class_name(layer)}, which does not keep its weight as it is")
     return nn.Parameter(norms(layer.weight.detach().float()).flatten())  # type: ignore[operator]
 
 
@@ -295,7 +295,7 @@ def _unlike(layer: nn.Module, algorithm: Algorithm, module: FileModule, shape: t
         )
     if (algorithm.needs_base or module.magnitude is not None) and not _readable(layer, spec):
         name = algorithm.name if module.magnitude is None else "dora"
-        return f"'{name}' depends on the base weight, which a {type(layer).__name__} does not keep as it is"
+        return f"'{name}' depends on the base weight, which a {_class_name(layer)} does not keep as it is"
     return None
 
 
@@ -308,6 +308,12 @@ def _unlike_bias(layer: nn.Module, module: FileModule) -> str | None:
     if module.bias.numel() == outputs:
         return None
     return f"the adapter's change of the bias is {tuple(module.bias.shape)}, the layer has {outputs} outputs"
+
+
+def _class_name(layer: nn.Module) -> str:
+    """Return what `layer` is without the adapters on it."""
+    state = state_of(layer)
+    return (type(layer) if state is None else state.base_class).__name__
 
 
 def _readable(layer: nn.Module, spec: LayerSpec) -> bool:

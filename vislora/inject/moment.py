@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vislora.errors import AdapterMismatchError, ConfigError
-from vislora.inject.places import Places
+from vislora.inject.places import Grid, Places
 from vislora.inject.progress import Loop, position_of
 from vislora.inject.strength import Strength
 
@@ -29,7 +29,6 @@ OUTSIDE = (
 )
 PASSES = 3
 """The most copies of a batch in one forward that guidance makes: without a prompt, with it, and perturbed."""
-Grid = tuple[int, int, int] | None
 Share = tuple[str, tuple[float, ...], int]
 """The part of an effect that is one adapter's: its name, its strengths on this layer, the number of channels."""
 
@@ -96,7 +95,7 @@ class Moment:
         if self._is_denoiser:
             self._require_rows(self.rows)
             regions = [strength.region for strength in varying if strength.region is not None]
-            self.places = Places.of(model, first, kwargs) if regions else None
+            self.places = Places.of(model, first, args, kwargs) if regions else None
             for region in regions if self.places else ():
                 region.require_shape(*self.places.sides)  # type: ignore[union-attr]
             if any(strength.steps is not None for strength in varying) or self.composition is not None:
@@ -192,7 +191,7 @@ class Moment:
         strengths = self.strengths[name]
         return tuple(strength.at(self.progress) if self._is_denoiser else 1.0 for strength in strengths)
 
-    def _column(self, share: Share, rows: int, dim: int, axis: int, grid: Grid, path: str) -> Tensor:
+    def _column(self, share: Share, rows: int, dim: int, axis: int, grid: Grid | None, path: str) -> Tensor:
         """Return the factor of one adapter with one channel: (rows or 1, places or 1, 1)."""
         name, on_layer, _ = share
         count = max(len(on_layer), len(self.strengths[name]))
@@ -229,17 +228,17 @@ def _each(given: Sequence[Any], count: int) -> list[Any]:
     return list(given) * count if len(given) == 1 else list(given)
 
 
-def _cells(strength: Strength, value: float, grid: Grid, dim: int, axis: int) -> Tensor:
+def _cells(strength: Strength, value: float, grid: Grid | None, dim: int, axis: int) -> Tensor:
     """Return the factor of one image, without the axis of rows: its channels are one, its places all or one."""
     if strength.region is None or grid is None:
         largest = 1.0 if strength.region is None else strength.region.largest
         return torch.full([1] * (dim - 1), value * largest)
-    height, width, before = grid
+    height, width, before, after = grid
     mask = strength.region.sized(height, width) * value
     if axis != -1:
         return mask[None]
-    text = torch.full((before,), value * strength.region.largest)
-    return torch.cat([text, mask.flatten()])[:, None]
+    others = torch.full((before + after,), value * strength.region.largest)
+    return torch.cat([others[:before], mask.flatten(), others[before:]])[:, None]
 
 
 def _with(sizes: torch.Size, axis: int, width: int) -> list[int]:
