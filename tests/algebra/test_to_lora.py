@@ -24,6 +24,8 @@ from vislora.algebra.low_rank import (
     nearest_to_product,
     within_sides,
 )
+from vislora.algebra.merge import How, Part, merge
+from vislora.algebra.resize import resize
 from vislora.algebra.to_lora import Conversion, Kept, to_lora
 from vislora.cli import main
 from vislora.errors import AdapterFileError, ConfigError
@@ -189,6 +191,25 @@ def test_convs_that_are_stored_as_matrices_get_their_kernels():
     assert [axes[item.path] for item in (modules[-1], keys)] == [2, 2]
     axes = {item.path: item.tensors["down"].dim() for item in to_lora(AdapterFile(modules=modules))[0].modules}
     assert axes["mid_block.attentions.0.proj_in"] == 2, "a linear layer in all UNets but SD 1's"
+
+
+@pytest.mark.parametrize(("family", "axes"), [("sd3", 4), ("pixart", 4), ("auraflow", 2)])
+def test_a_patch_embedder_is_a_conv_or_a_linear_layer_by_its_family(family, axes):
+    slots = {"hada_w1_a": (8, 2), "hada_w1_b": (2, 16), "hada_w2_a": (8, 2), "hada_w2_b": (2, 16)}
+    tensors = {name: value.float() for name, value in numbers(0, **slots).items()}
+    loha = AdapterModule(component="denoiser", path="pos_embed.proj", algo="loha", tensors=tensors)
+    adapter = AdapterFile(modules=[loha], family=family)
+    parts = [Part(name, adapter, lambda module: 0.5) for name in "ab"]
+    made = [to_lora(adapter)[0], resize(adapter, Limits(1))[0], merge(parts, How())[0]]
+    assert [file.modules[0].tensors["down"].dim() for file in made] == [axes] * 3
+
+
+@pytest.mark.parametrize("path", ["pos_embed.proj", "mid_block.resnets.0.conv1", "conv_in"])
+def test_a_lora_of_matrices_stays_one_whatever_its_layer_is_called(path):
+    plain = module(path, rank=2, shape=(8, 36))
+    adapter = AdapterFile(modules=[plain], family="auraflow")
+    made = [resize(adapter, Limits(1))[0], merge([Part("a", adapter, lambda module: 0.5)], How())[0]]
+    assert [file.modules[0].tensors["down"].dim() for file in made] == [2, 2]
 
 
 def test_the_rank_is_at_most_the_shorter_side():

@@ -29,7 +29,7 @@ from vislora.algebra.low_rank import (
     product_norm,
     relative,
 )
-from vislora.algebra.to_lora import exact_product, is_sd1, kernel_of, metadata_of_lora, stored, with_kernel
+from vislora.algebra.to_lora import exact_product, kernel_of, metadata_of_lora, stored, tree_of, with_kernel
 from vislora.errors import AdapterFileError, AdapterMismatchError, listed
 from vislora.formats.adapter_file import AdapterFile, AdapterModule
 from vislora.formats.tensor_file import same_bits
@@ -109,8 +109,8 @@ def merge(parts: Sequence[Part], how: How = SUM) -> tuple[AdapterFile, list[Merg
             if weight:
                 layers.setdefault((module.component, module.layer), []).append(_Item(part.name, module, weight))
     _require_mergeable(layers.values(), how)
-    first = is_sd1([module for part in parts for module in part.adapter.modules])
-    made = [_layer(items, how, first) for items in layers.values()]
+    tree = tree_of([module for part in parts for module in part.adapter.modules], family)
+    made = [_layer(items, how, tree) for items in layers.values()]
     if not made:
         raise AdapterFileError("nothing to merge: every strength is 0")
     modules = [module for module, _ in made]
@@ -119,22 +119,22 @@ def merge(parts: Sequence[Part], how: How = SUM) -> tuple[AdapterFile, list[Merg
     return merged, [told for _, told in made]
 
 
-def _layer(items: list[_Item], how: How, first: bool) -> tuple[AdapterModule, MergedModule]:
+def _layer(items: list[_Item], how: How, tree: str | None) -> tuple[AdapterModule, MergedModule]:
     """Merge what is on one layer; biases are added up apart from the weights."""
     if len(items) == 1 and how.method in EXACT and not how.limits:
         return _weighted(items[0], how)
     carriers = [item for item in items if not item.module.only_bias]
-    made = _weights(carriers, how, first) if carriers else (items[0].module, _told(items, 1, 0.0, 0.0))
+    made = _weights(carriers, how, tree) if carriers else (items[0].module, _told(items, 1, 0.0, 0.0))
     found = [(item.weight, bias) for item in items if (bias := item.module.bias_delta()) is not None]
     bias = torch.stack([weight * bias for weight, bias in found]).sum(0).float() if found else None
     return replace(made[0], bias=bias, bias_rule="added", notes=[]), made[1]
 
 
-def _weights(items: list[_Item], how: How, first: bool) -> tuple[AdapterModule, MergedModule]:
+def _weights(items: list[_Item], how: How, tree: str | None) -> tuple[AdapterModule, MergedModule]:
     products = [product for item in items if (product := exact_product(item.module)) is not None]
     if how.method in EXACT and len(products) == len(items):
-        return _of_products(items, products, how, first)
-    return _of_matrices(items, how, first)
+        return _of_products(items, products, how, tree)
+    return _of_matrices(items, how, tree)
 
 
 def _weighted(item: _Item, how: How) -> tuple[AdapterModule, MergedModule]:
@@ -184,7 +184,7 @@ def _as_matrix(module: AdapterModule, change: Tensor, dtype: torch.dtype | None)
 
 
 def _of_products(
-    items: list[_Item], products: list[Product], how: How, first: bool
+    items: list[_Item], products: list[Product], how: How, tree: str | None
 ) -> tuple[AdapterModule, MergedModule]:
     """Lay products side by side; their factors go into `up`, all but one that they share."""
     downs = [down.flatten(1) for _, down in products]
@@ -200,13 +200,11 @@ def _of_products(
         torch.cat([up, -tensors["up"].double()], 1) * shared, torch.cat([down, tensors["down"].double()])
     )
     told = _told(items, tensors["up"].shape[1], product_norm(up * shared, down), apart)
-    kernel = next((tuple(down.shape[2:]) for _, down in products if down.dim() > 2), ()) or kernel_of(
-        items[0].module, down.shape[1], first
-    )
+    kernel = kernel_of([item.module for item in items], down.shape[1], tree)
     return _module(items, with_kernel(tensors, down.shape[1], kernel), shared), told
 
 
-def _of_matrices(items: list[_Item], how: How, first: bool) -> tuple[AdapterModule, MergedModule]:
+def _of_matrices(items: list[_Item], how: How, tree: str | None) -> tuple[AdapterModule, MergedModule]:
     """Merge full matrices: what is no product, and what the sparse methods make."""
     shape = max((item.module.shape for item in items), key=len)
     flat = [item.module.direction().flatten(1) if len(shape) > 1 else item.module.direction() for item in items]
@@ -223,7 +221,7 @@ def _of_matrices(items: list[_Item], how: How, first: bool) -> tuple[AdapterModu
     tensors = stored(up, down, [], how.dtype)
     found = tensors["up"].double() @ tensors["down"].double()
     told = _told(items, up.shape[1], float(wanted.norm()), float((found - wanted).norm()))
-    kernel = tuple(shape[2:]) or kernel_of(items[0].module, wanted.shape[1], first)
+    kernel = kernel_of([item.module for item in items], wanted.shape[1], tree)
     return _module(items, with_kernel(tensors, wanted.shape[1], kernel), 1.0), told
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vislora.algebra.low_rank import Limits, as_stored, nearest_product, nearest_to_product, product_norm, relative
-from vislora.algebra.to_lora import exact_product, is_sd1, kernel_of, metadata_of_lora, stored, with_kernel
+from vislora.algebra.to_lora import exact_product, kernel_of, metadata_of_lora, stored, tree_of, with_kernel
 from vislora.formats.adapter_file import AdapterFile, AdapterModule
 
 
@@ -48,11 +48,11 @@ def resize(
     dtype: of the new tensors; None: the module's own. The scale of a module stays what it was, so alpha follows the
     rank. Modules that are within the limits already keep their bits; a magnitude (DoRA) and a bias stay on top.
     """
-    first = is_sd1(adapter.modules)
+    tree = tree_of(adapter.modules, adapter.family)
     modules, told = [], []
     for module in adapter.modules:
         reason = _why_left(module)
-        made, line = (module, Left(module.name, reason)) if reason else _resized(module, limits, dtype, first)
+        made, line = (module, Left(module.name, reason)) if reason else _resized(module, limits, dtype, tree)
         modules.append(made)
         told.append(line)
     return replace(adapter, modules=modules, metadata=metadata_of_lora(adapter.metadata, modules)), told
@@ -67,11 +67,11 @@ def _why_left(module: AdapterModule) -> str:
 
 
 def _resized(
-    module: AdapterModule, limits: Limits, dtype: torch.dtype | None, first: bool
+    module: AdapterModule, limits: Limits, dtype: torch.dtype | None, tree: str | None
 ) -> tuple[AdapterModule, Resized]:
     product = exact_product(module)
     if product is None:
-        return _of_matrix(module, limits, dtype, first)
+        return _of_matrix(module, limits, dtype, tree)
     up, down = product[0], product[1].flatten(1)
     norm = product_norm(up, down) * abs(module.scale)
     small = nearest_to_product(up, down, limits)
@@ -79,19 +79,19 @@ def _resized(
         return module, Resized(module.name, up.shape[1], up.shape[1], norm, 0.0)
     tensors = stored(*small, [], dtype or _own(module))
     difference = torch.cat([up, -tensors["up"].double()], 1), torch.cat([down, tensors["down"].double()])
-    kernel = tuple(product[1].shape[2:]) or kernel_of(module, down.shape[1], first)
+    kernel = kernel_of([module], down.shape[1], tree)
     made = _module(module, with_kernel(tensors, down.shape[1], kernel), module.scale)
     return made, Resized(module.name, module.rank, made.rank, norm, product_norm(*difference) * abs(module.scale))
 
 
 def _of_matrix(
-    module: AdapterModule, limits: Limits, dtype: torch.dtype | None, first: bool
+    module: AdapterModule, limits: Limits, dtype: torch.dtype | None, tree: str | None
 ) -> tuple[AdapterModule, Resized]:
     full = module.direction()
     matrix = full.flatten(1)
     tensors = stored(*nearest_product(matrix, limits), [], dtype or _own(module))
     apart = float((tensors["up"].double() @ tensors["down"].double() - matrix).norm())
-    kernel = tuple(full.shape[2:]) or kernel_of(module, matrix.shape[1], first)
+    kernel = kernel_of([module], matrix.shape[1], tree)
     made = _module(module, with_kernel(tensors, matrix.shape[1], kernel), 1.0)
     return made, Resized(module.name, min(matrix.shape), made.rank, float(matrix.norm()), apart)
 

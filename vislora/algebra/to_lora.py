@@ -50,6 +50,9 @@ KERNELS = (
 )
 # a conv in the UNet of SD 1, whose text features are 768 wide, a linear layer in all others
 PROJECTION = re.compile(r".*\.proj_(in|out)")
+SD1 = "sd1"
+# paths of convs that are linear layers in these families
+LINEAR = {"auraflow": re.compile(r"pos_embed\.proj")}
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,11 @@ def to_lora(adapter: AdapterFile, limits: Limits = EVERYTHING) -> tuple[AdapterF
     family = family_for_writing(adapter)
     modules: list[AdapterModule] = []
     told: list[Conversion | Kept] = []
-    first = is_sd1(adapter.modules)
+    tree = tree_of(adapter.modules, family)
     for module in adapter.modules:
         reason = _why_kept(module, bool(limits))
         if reason is None:
-            made, conversion = _converted(module, limits, first)
+            made, conversion = _converted(module, limits, tree)
             told.append(conversion)
         else:
             made = module
@@ -124,11 +127,11 @@ def _why_kept(module: AdapterModule, any_rank: bool) -> str | None:
     return None if any_rank else f"a module of kind {module.algo} is a full matrix: name a rank, or a share of energy"
 
 
-def _converted(module: AdapterModule, limits: Limits, first: bool) -> tuple[AdapterModule, Conversion]:
+def _converted(module: AdapterModule, limits: Limits, tree: str | None) -> tuple[AdapterModule, Conversion]:
     product = exact_product(module)
     full = module.direction()
     matrix = full.flatten(1)
-    kernel = tuple(full.shape[2:]) or kernel_of(module, matrix.shape[1], first)
+    kernel = kernel_of([module], matrix.shape[1], tree)
     if product is None:
         up, down = nearest_product(matrix, limits)
         scale = 1.0
@@ -170,17 +173,25 @@ def stored(up: Tensor, down: Tensor, sources: Sequence[Tensor], dtype: torch.dty
     return {"down": down.to(dtype or torch.float32), "up": up.to(dtype or torch.float32)}
 
 
-def is_sd1(modules: list[AdapterModule]) -> bool:
-    """Say whether some cross attention of a UNet sees text features of SD 1's width."""
+def tree_of(modules: Sequence[AdapterModule], family: str | None) -> str | None:
+    """Return what kernels depend on: `family`, or SD 1 where cross attention sees text features of its width."""
     keys = (module for module in modules if (module.path or "").endswith("attn2.to_k"))
-    return any(inputs_of(module.tensors) == 768 for module in keys)
+    return SD1 if any(inputs_of(module.tensors) == 768 for module in keys) else family
 
 
-def kernel_of(module: AdapterModule, columns: int, first: bool) -> tuple[int, ...]:
-    """Return the kernel of a layer whose slots are matrices, from its name; () for a linear layer. `first`: SD 1."""
-    path = module.path or "" if module.component == "denoiser" else ""
-    if first and PROJECTION.fullmatch(path):
+def kernel_of(modules: Sequence[AdapterModule], columns: int, tree: str | None) -> tuple[int, ...]:
+    """Return the kernel of the layer that `modules` are for, () for a linear one. tree: see `tree_of`.
+
+    LoRAs and full matrices tell it; of LoHa and LoKr that are matrices, the layer's name does.
+    """
+    told = max((tuple(module.shape[2:]) for module in modules), key=len)
+    if told or any(module.algo not in EXACT for module in modules):
+        return told
+    path = modules[0].path or "" if modules[0].component == "denoiser" else ""
+    if tree == SD1 and PROJECTION.fullmatch(path):
         return 1, 1
+    if tree in LINEAR and LINEAR[tree].fullmatch(path):
+        return ()
     sizes = next((sizes for pattern, sizes in KERNELS if pattern.fullmatch(path)), ())
     return sizes if columns % math.prod(sizes) == 0 else ()
 
