@@ -72,6 +72,24 @@ def test_what_is_outside_of_blocks_stays():
     assert type(model.x_embedder) is nn.Linear
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_text_encoder_says_nearly_the_same(name, kind):
+    if "edit" in name:
+        pytest.skip("its processor of images needs torchvision")
+    family = load_family(tiny.saved(name), torch.float32, CPU)
+    before = family.encode_prompt(["a red cat", "dog"])
+    encoders = [part for key, part in family.pipeline.components.items() if key.startswith("text_encoder") and part]
+    for encoder in encoders:
+        quantize(encoder, kind, CPU)
+    assert all(any(map(is_quantized, encoder.modules())) for encoder in encoders)
+    after = family.encode_prompt(["a red cat", "dog"])
+    for key, value in before.items():
+        for one, other in zip(value, after[key], strict=True):
+            if one.is_floating_point():
+                assert (one - other).norm() <= 1.5 * ERROR[kind] * one.norm(), key
+
+
 def test_only_large_text_encoders_are_quantized(monkeypatch):
     pipeline = load_family(tiny.saved("flux"), torch.float32, CPU).pipeline
     monkeypatch.setattr(quantized, "LARGE", sum(item.numel() for item in pipeline.text_encoder_2.parameters()))

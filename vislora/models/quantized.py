@@ -17,6 +17,8 @@ from vislora.errors import missing_extra
 
 LARGE = 10**9
 """A text encoder is quantised from so many parameters on: T5 and language models, not CLIP."""
+WIDE = ("wo",)
+"""T5's last layers of feed-forward: what they are given is cast to the type of their weights (transformers)."""
 THRESHOLD = 6.0
 """Columns of the input with a larger number are multiplied in 16 bits (LLM.int8(), section 3.2)."""
 
@@ -60,10 +62,10 @@ def quantize(model: nn.Module, kind: str, device: torch.device) -> None:
 
 
 def block_layers(model: nn.Module) -> Iterator[str]:
-    """Yield the paths of the linear layers within lists of blocks."""
+    """Yield the paths of the linear layers within lists of blocks that the model may keep in few bits."""
     lists = tuple(f"{path}.".lstrip(".") for path, part in model.named_modules() if isinstance(part, nn.ModuleList))
     for path, part in model.named_modules():
-        if type(part) is nn.Linear and path.startswith(lists):
+        if type(part) is nn.Linear and path.startswith(lists) and path.rpartition(".")[2] not in WIDE:
             yield path
 
 
