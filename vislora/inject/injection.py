@@ -249,7 +249,7 @@ def _fresh_magnitude(layer: nn.Module, path: str) -> nn.Parameter:
     spec = LayerSpec.of(layer)
     assert spec is not None  # the index of the stack holds only such layers
     require_kind("dora", spec, frozenset({"linear", "conv"}))
-    if not _readable(layer, spec):
+    if not is_readable(layer, spec):
         raise ConfigError(f"dora: layer '{path}' is a {_class_name(layer)}, which does not keep its weight as it is")
     return nn.Parameter(norms(layer.weight.detach().float()).flatten())  # type: ignore[operator]
 
@@ -293,7 +293,7 @@ def _unlike(layer: nn.Module, algorithm: Algorithm, module: FileModule, shape: t
         return (
             f"the adapter is for layers of the kind {' or '.join(sorted(kinds))}, the layer is of the kind {spec.kind}"
         )
-    if (algorithm.needs_base or module.magnitude is not None) and not _readable(layer, spec):
+    if (algorithm.needs_base or module.magnitude is not None) and not is_readable(layer, spec):
         name = algorithm.name if module.magnitude is None else "dora"
         return f"'{name}' depends on the base weight, which a {_class_name(layer)} does not keep as it is"
     return None
@@ -316,7 +316,7 @@ def _class_name(layer: nn.Module) -> str:
     return (type(layer) if state is None else state.base_class).__name__
 
 
-def _readable(layer: nn.Module, spec: LayerSpec) -> bool:
+def is_readable(layer: nn.Module, spec: LayerSpec) -> bool:
     """Say whether the weight of `layer` is plain numbers, and not those of a quantised layer."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
     return tuple(weight.shape) == spec.weight_shape and weight.dtype.is_floating_point and not is_wrapped(weight)

@@ -143,7 +143,7 @@ def load_family(
     `models.quantized`; such a base is loaded in main memory first.
     Raises `ModelError` when it is missing, incomplete, or of no known family.
     """
-    place = device
+    path, place = place_of(base), device
     if quantize != "no":
         require_library(quantize)
         place = torch.device("cpu")
@@ -151,7 +151,6 @@ def load_family(
     def prepared(load: Callable[[torch.device], Family]) -> Family:
         return _prepared(path, lambda: _quantized(load(place), quantize, device))
 
-    path = place_of(base)
     if path.is_file():
         from vislora.models.single import load_file
 

@@ -13,7 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from vislora.algorithms.base import LayerSpec
 from vislora.errors import missing_extra
+from vislora.inject.injection import is_readable
 
 LARGE = 10**9
 """A text encoder is quantised from so many parameters on: T5 and language models, not CLIP."""
@@ -70,11 +72,10 @@ def block_layers(model: nn.Module) -> Iterator[str]:
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Say whether `layer` is a linear one whose weight is no matrix of numbers in floating point."""
+    """Say whether `layer` is a linear one that does not keep its weight as it is."""
     if not isinstance(layer, nn.Linear):
         return False
-    weight: Tensor = layer.weight
-    return not weight.dtype.is_floating_point or tuple(weight.shape) != (layer.out_features, layer.in_features)
+    return not is_readable(layer, LayerSpec("linear", (layer.out_features, layer.in_features)))
 
 
 def stays(model: nn.Module) -> bool:
