@@ -16,6 +16,7 @@ from vislora.inject.injection import FreshOptions, eject, inject_fresh
 from vislora.inject.targets import Target, select
 from vislora.jobs.priors import prior_captions
 from vislora.models.base import load_family
+from vislora.models.sampling import make_images
 from vislora.training.loss import Asked, DenoisingLoss, LossOptions, joined
 
 torch.set_num_threads(1)
@@ -142,6 +143,29 @@ def test_the_base_draws_what_is_compared(tmp_path):
     assert all(torch.equal(runs[0][0][key], runs[1][0][key]) for key in runs[0][0])
     told = [str(record) for record in runs[0][2] if "drawing priors" in str(record)]
     assert len(told) >= 2
+
+
+def test_pictures_are_drawn_once(tmp_path, monkeypatch):
+    drawn = []
+
+    def counted(family, shots, *how):
+        drawn.append(len(shots))
+        return make_images(family, shots, *how)
+
+    monkeypatch.setattr("vislora.jobs.priors.make_images", counted)
+
+    def pictures(name, *captions, **settings):
+        (tmp_path / name).mkdir()
+        prior = {"captions": captions, "images": 3}
+        value, _ = trained(tmp_path / name, "sd", prior=prior, data__cache=tmp_path / "cache", **settings)
+        return [path.read_bytes() for path in sorted((value.path.parent / "priors").glob("*.png"))]
+
+    first = pictures("one", "a dog", "a cat")
+    assert pictures("again", "a dog", "a cat") == first
+    assert drawn == [3]
+    assert pictures("other", "a dog", "a fox") != first
+    pictures("half", "a dog", "a cat", loop__mixed_precision="bf16")
+    assert drawn == [3, 3, 3]
 
 
 def test_priors_with_pictures_of_their_own_are_compared_on_these(trainee):

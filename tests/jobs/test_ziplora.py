@@ -18,7 +18,7 @@ PROMPTS = {"sd-a": ["a red cat", "the house"], "sd-b": ["a blue dog", "an ink tr
 
 def zipped(adapters, path, **changes):  # noqa: F811
     pair = [f"{adapters}/sd-a.safetensors", f"{adapters}/sd-b.safetensors"]
-    settings = {"method": "ziplora", "learn_on": str(tiny.saved("sd")), "prompts": PROMPTS, "steps": 60}
+    settings = {"method": "ziplora", "learn_on": str(tiny.saved("sd")), "prompts": PROMPTS, "steps": 25}
     return vislora.merge(pair, path, **{**settings, **changes})
 
 

@@ -23,7 +23,7 @@ class ExtractConfig(LimitedConfig):
     components: tuple[str, ...] = ()
     """Components to extract: denoiser, te:clip_l, ... Default: all that differ and adapter files have a place for."""
     exact: bool = False
-    """Keep changes of norms, biases and embeddings too, whole."""
+    """Keep changes of norms and biases too, whole; those of embeddings are named and left out."""
     least: float = Field(1e-6, ge=0)
     """Layers that changed relatively less than this are left out: saving rounds."""
     to: Annotated[str, OneOf("vislora.registry:FORMATS")] = "kohya"

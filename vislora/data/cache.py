@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -75,6 +76,11 @@ class Cache:
         if _size(tensors) <= self._room:
             self._held[key] = tensors
             self._room -= _size(tensors)
+
+
+def key_of(*parts: object) -> str:
+    """Return the key of what `parts`, JSON values, made: a SHA-256."""
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode("ascii")).hexdigest()
 
 
 def weights_fingerprint(module: nn.Module, config: object = None) -> str:

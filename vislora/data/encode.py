@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from vislora import files
 from vislora.data.buckets import Bucket
-from vislora.data.cache import Cache, Tensors
+from vislora.data.cache import Cache, Tensors, key_of
 from vislora.data.images import PREPROCESSING, WHITE, Colour, cover_box, crop_positions, load_image, to_pixels
 from vislora.data.scan import Example
 from vislora.errors import DataError, listed
@@ -47,7 +45,7 @@ class View:
         # The box instead of the position: places that come to the same pixels share one entry.
         box = [round(side, 3) for side in self.box]
         how = (list(self.bucket), box, self.flip, list(self.background))
-        return _key("latents", PREPROCESSING, self.example.sha256, *how, self.fingerprint)
+        return key_of("latents", PREPROCESSING, self.example.sha256, *how, self.fingerprint)
 
     @property
     def box(self) -> tuple[float, float, float, float]:
@@ -122,7 +120,7 @@ def cache_latents(
 
 def text_key(caption: str, fingerprint: str) -> str:
     """Return the key of a caption's features. `fingerprint` identifies the text encoders and their tokenizers."""
-    return _key("text", caption, fingerprint)
+    return key_of("text", caption, fingerprint)
 
 
 def cache_texts(
@@ -153,10 +151,6 @@ def cache_texts(
         done += len(part)
         yield Progress("caching captions", done, len(keys))
     return keys
-
-
-def _key(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode("ascii")).hexdigest()
 
 
 def _geometry(view: View) -> Tensors:

@@ -81,7 +81,7 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
     masks, learned_parts = yield from _masks(plan, found, wanted, cache)
     at_once = images_at_once(plan.resolution)
     priors = prior_captions([example.caption for example in _in(learned, examples)], config.prior)
-    drawn = yield from draw_priors(plan, family, folder, priors)
+    drawn = yield from draw_priors(plan, family, folder, cache, priors)
     kept = prior_views(drawn, plan, family, _image_fingerprint(family))
     with vae_as(family, torch.float32):
         yield from cache_latents(cache, [*wanted, *(shown or []), kept], family.encode_image, batch_size=at_once)

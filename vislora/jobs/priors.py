@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 from vislora.config.train import PriorConfig
 from vislora.data.buckets import assign
+from vislora.data.cache import Cache, key_of
 from vislora.data.captions import without_trigger
 from vislora.data.dataset import TrainingSet, collate
 from vislora.data.encode import View, views
@@ -17,6 +21,7 @@ from vislora.data.scan import Example
 from vislora.errors import ConfigError
 from vislora.files import replacing
 from vislora.jobs.plan import Plan, images_at_once
+from vislora.jobs.recipes import base_hash, threads, versions
 from vislora.jobs.run_folder import RunFolder
 from vislora.models.base import Family
 from vislora.models.sampling import Shot, make_images, own_sampling
@@ -43,11 +48,12 @@ def prior_captions(captions: Sequence[str], prior: PriorConfig) -> dict[str, lis
 
 
 def draw_priors(
-    plan: Plan, family: Family, folder: RunFolder, priors: Mapping[str, Sequence[str]] | None
+    plan: Plan, family: Family, folder: RunFolder, cache: Cache, priors: Mapping[str, Sequence[str]] | None
 ) -> Generator[Progress, None, list[Example]]:
     """Have the base draw `prior.images` pictures into the run folder, of the captions in turn; return them.
 
-    Each is noise of its own seed. Raises `ConfigError` where there is no caption to draw, or a base that cannot.
+    Each is noise of its own seed. What `cache` has is not drawn again.
+    Raises `ConfigError` where there is no caption to draw, or a base that cannot.
     """
     count = plan.config.prior.images
     if not count:
@@ -61,13 +67,12 @@ def draw_priors(
     texts = list(dict.fromkeys(text for others in priors.values() for text in others))
     stride = max(1, len(texts) // count)
     shots = [Shot(texts[number * stride % len(texts)], "", number) for number in range(count)]
-    how = own_sampling(family, plan.resolution)
     drawn: list[Example] = []
     yield Progress("drawing priors", 0, count)
     folder.priors.mkdir(parents=True, exist_ok=True)
     for left in sorted(folder.priors.glob("*.png"))[count:]:  # of an earlier run of more
         left.unlink(missing_ok=True)
-    for images in make_images(family, shots, how, images_at_once(plan.resolution)):
+    for images in _pictures(plan, family, shots, cache):
         for image in images:
             shot, path = shots[len(drawn)], folder.priors / f"{len(drawn):04d}.png"
             with replacing(path) as temporary:
@@ -76,6 +81,23 @@ def draw_priors(
             drawn.append(Example(path, shot.prompt, *image.size, digest))
         yield Progress("drawing priors", len(drawn), count)
     return drawn
+
+
+def _pictures(plan: Plan, family: Family, shots: Sequence[Shot], cache: Cache) -> Iterator[list[Image.Image]]:
+    """Yield the pictures of `shots` batch by batch; each batch is kept under all that its pixels depend on."""
+    config, size = plan.config, images_at_once(plan.resolution)
+    how = own_sampling(family, plan.resolution)
+    base = [base_hash(config.base, config.base_parts), config.quantize, config.loop.mixed_precision]
+    made_by = [*base, str(family.pipeline.device), threads(), versions(), asdict(how)]
+    for start in range(0, len(shots), size):
+        batch = shots[start : start + size]
+        key = key_of("priors", made_by, [asdict(shot) for shot in batch])
+        kept = cache.get(key)
+        if kept is None:
+            made = next(make_images(family, batch, how, size))
+            kept = {"pixels": torch.stack([torch.tensor(np.asarray(image)) for image in made])}
+            cache.put(key, kept)
+        yield [Image.fromarray(pixels.numpy()) for pixels in kept["pixels"]]
 
 
 def ask_base(plan: Plan, dataset: TrainingSet, module: DenoisingLoss, accelerator: Accelerator) -> Iterator[Progress]:
