@@ -76,7 +76,7 @@ def denoiser(config: str, dtype: torch.dtype) -> nn.Module:
 
 def measured(case: Case, dtype: torch.dtype, checkpointing: bool) -> Estimate:
     """Return the estimate of one training step."""
-    bare: Any = weightless(load_family(tiny.saved(case.family), dtype, torch.device("cpu")))
+    bare: Any = weightless(load_family(tiny.saved(case.family), dtype, torch.device("cpu")), [])
     model = denoiser(case.config, dtype)
     setattr(bare.pipeline, bare.card.attributes["denoiser"], model)
     bare.components = {"denoiser": model}

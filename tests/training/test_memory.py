@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -9,11 +11,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import scaled_dot_product_attention
 
 from tests import tiny
+from tests.jobs import train_helpers
 from vislora.config.train import TrainConfig
 from vislora.inject.injection import FreshOptions, eject, inject_fresh
 from vislora.inject.targets import Target, select
 from vislora.jobs.memory import GIB, MIB, Estimate, Step, estimate, memory_notes, size_text
+from vislora.jobs.train import run
 from vislora.models.base import load_family
+from vislora.records import Progress
 from vislora.training.loss import DenoisingLoss, LossOptions
 from vislora.training.memory import kept_bytes, module_bytes, optimizer_bytes
 
@@ -120,6 +125,18 @@ def test_optimizers_have_states_of_their_own():
     parameters = [nn.Parameter(torch.zeros(4, 8)) for _ in range(3)]
     assert optimizer_bytes("sgd", parameters) < optimizer_bytes("adamw", parameters)
     assert optimizer_bytes("adamw", parameters) == 3 * (2 * 4 * 8 * 4 + 4)
+
+
+@pytest.mark.parametrize("text_encoders", [False, True])
+def test_a_run_says_it_before_its_first_step(text_encoders, tmp_path):
+    records = []
+    for record in run(train_helpers.config(tmp_path, "sd", adapter__text_encoders=text_encoders)):
+        if isinstance(record, Progress) and record.task == "training":
+            break
+        records.append(record)
+    (said,) = [line for line in train_helpers.notes(records).splitlines() if line.startswith("memory")]
+    parts = re.findall(r"([a-z_:]+) [\d.]+ MiB", said.split("MiB:", 1)[1])
+    assert parts == ["denoiser", "vae", "te:clip_l", "adapter", "optimizer", "activations"]
 
 
 def test_too_little_memory_is_a_warning_that_names_what_helps(tmp_path):

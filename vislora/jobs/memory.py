@@ -74,7 +74,8 @@ def estimate(family: Family, step: Step, away: Collection[str] = ()) -> Estimate
     away: modules of its pipeline that do not count, as they are not on the device.
     Raises what torch does for a model whose computing depends on what is in its tensors: that cannot be foreseen.
     """
-    return replace(bare_estimate(weightless(family), step), weights=weight_bytes(family, away))
+    bare = weightless(family, {"denoiser", *step.chosen})
+    return replace(bare_estimate(bare, step), weights=weight_bytes(family, away))
 
 
 def bare_estimate(bare: Family, step: Step) -> Estimate:

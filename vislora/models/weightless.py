@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -11,18 +12,16 @@ from vislora.models.base import Family
 from vislora.models.quantized import is_quantized
 
 
-def weightless(family: Family) -> Family:
-    """Return a copy of `family` whose modules are on the meta device. What is loaded stays as it is.
+def weightless(family: Family, components: Iterable[str]) -> Family:
+    """Return a copy of `family` with these of its components on the meta device. What is loaded stays as it is.
 
-    Adapters on `family` would be shared in part, so make the copy before they are there.
+    The other modules are shared. So would adapters be in part: make the copy before they are there.
     """
     bare: Any = copy.copy(family)
-    bare.pipeline = copy.copy(family.pipeline)
-    for name, part in family.pipeline.components.items():
-        if isinstance(part, nn.Module):
-            setattr(bare.pipeline, name, weightless_module(part))
-    attributes = family.card.attributes
-    bare.components = {name: getattr(bare.pipeline, attributes[name]) for name in family.components}
+    bare.pipeline, bare.components = copy.copy(family.pipeline), dict(family.components)
+    for name in components:
+        bare.components[name] = weightless_module(family.components[name])
+        setattr(bare.pipeline, family.card.attributes[name], bare.components[name])
     made: Family = bare
     return made
 
