@@ -5,6 +5,7 @@ from data_helpers import make_image
 
 from vislora.data.captions import caption_from_name, tag_orders, with_trigger
 from vislora.data.scan import scan
+from vislora.data.subsets import Subset
 from vislora.errors import DataError
 
 
@@ -67,7 +68,10 @@ def test_all_missing_captions_are_named(folder):
 def test_missing_captions_allowed(folder):
     (folder / "b.txt").write_text("")
     assert captions(folder, allow_missing_captions=True) == {"a.png": "", "b.png": ""}
-    assert captions(folder, allow_missing_captions=True, trigger="zwx") == {"a.png": "zwx", "b.png": "zwx"}
+    assert captions(folder, allow_missing_captions=True, subsets=[Subset(trigger="zwx")]) == {
+        "a.png": "zwx",
+        "b.png": "zwx",
+    }
     assert any(
         "2 image(s) without a caption: a.png, b.png" in note for note in scan(folder, allow_missing_captions=True).notes
     )

@@ -1,3 +1,4 @@
+import hashlib
 from collections import Counter
 from itertools import islice
 
@@ -20,20 +21,41 @@ def bucketings(draw_):
     return {Bucket(64 + 8 * n, 64): [next(places) for _ in range(count)] for n, count in enumerate(counts)}
 
 
-@given(bucketings(), st.integers(1, 5), st.integers(0, 9), st.integers(0, 9), st.integers(1, 3))
-def test_every_example_comes_exactly_as_often_as_asked(buckets, batch_size, seed, epoch, repeats):
+@given(bucketings(), st.integers(1, 5), st.integers(0, 9), st.integers(0, 9), st.lists(st.integers(1, 3), min_size=1))
+def test_every_example_comes_exactly_as_often_as_asked(buckets, batch_size, seed, epoch, counts):
+    places = [index for indices in buckets.values() for index in indices]
+    repeats = {index: counts[index % len(counts)] for index in places}
     found = batches(buckets, batch_size, seed, epoch, repeats)
     seen = Counter(index for batch in found for index in batch.indices)
-    assert seen == Counter({index: repeats for indices in buckets.values() for index in indices})
+    assert seen == Counter(repeats)
     for batch in found:
         assert 1 <= len(batch.indices) == len(batch.visits) <= batch_size
         assert set(batch.indices) <= set(buckets[batch.bucket])
-    assert len(found) == sum(-(-len(indices) * repeats // batch_size) for indices in buckets.values())
+    assert len(found) == sum(-(-sum(repeats[index] for index in some) // batch_size) for some in buckets.values())
     visits = Counter(
         (index, visit) for batch in found for index, visit in zip(batch.indices, batch.visits, strict=True)
     )
     assert set(visits.values()) == {1}
-    assert {visit for _, visit in visits} == set(range(epoch * repeats, (epoch + 1) * repeats))
+    for index, count in repeats.items():
+        assert {visit for one, visit in visits if one == index} == set(range(epoch * count, (epoch + 1) * count))
+
+
+def test_what_is_seen_often_is_seen_all_over_the_epoch():
+    """Each half, quarter, ... of an epoch has the same share of it."""
+    often = {0: 8, 1: 2}
+    found = batches({Bucket(8, 8): range(6)}, 14, seed=2, epoch=0, repeats=often)
+    (places,) = [batch.indices for batch in found]
+    assert len(places) == 14
+    assert [places.index(0) < 7, places[::-1].index(0) < 7] == [True, True]
+    assert places[:7].count(0) in (3, 4, 5)
+    assert places[:7].count(1) == 1
+
+
+def test_one_number_for_all_is_the_plan_of_older_checkpoints():
+    repeats = {index: 2 for indices in BUCKETS.values() for index in indices}
+    plan = (sorted((bucket, tuple(indices)) for bucket, indices in BUCKETS.items()), 2, 0, 2)
+    assert Sampler(BUCKETS, 2, 0, repeats).state()["plan"] == hashlib.sha256(repr(plan).encode()).hexdigest()
+    assert batches(BUCKETS, 2, 0, 1, {}) == batches(BUCKETS, 2, 0, 1, dict.fromkeys(range(9), 1))
 
 
 def test_order_depends_on_seed_and_epoch_alone():
@@ -54,19 +76,22 @@ def test_the_order_never_changes_between_versions():
 
 @given(bucketings(), st.integers(1, 4), st.integers(0, 40))
 def test_resuming_gives_the_same_batches(buckets, batch_size, steps):
-    whole = list(islice(Sampler(buckets, batch_size, seed=3, repeats=2), steps + 20))
-    first = Sampler(buckets, batch_size, seed=3, repeats=2)
+    repeats = {0: 3, 1: 2}
+    whole = list(islice(Sampler(buckets, batch_size, seed=3, repeats=repeats), steps + 20))
+    first = Sampler(buckets, batch_size, seed=3, repeats=repeats)
     for _ in range(steps):
         first.next()
-    second = Sampler(buckets, batch_size, seed=3, repeats=2)
+    second = Sampler(buckets, batch_size, seed=3, repeats=repeats)
     second.restore(first.state())
     assert list(islice(second, 20)) == whole[steps:]
     assert second.state()["epoch"] == (steps + 19) // len(second)
 
 
-@pytest.mark.parametrize("change", [{"batch_size": 3}, {"seed": 1}, {"repeats": 2}, {"buckets": {Bucket(8, 8): [0]}}])
+@pytest.mark.parametrize(
+    "change", [{"batch_size": 3}, {"seed": 1}, {"repeats": {0: 2}}, {"buckets": {Bucket(8, 8): [0]}}]
+)
 def test_a_state_of_another_plan_is_refused(change):
-    settings = {"buckets": BUCKETS, "batch_size": 2, "seed": 0, "repeats": 1}
+    settings = {"buckets": BUCKETS, "batch_size": 2, "seed": 0, "repeats": {}}
     state = Sampler(**settings).state()
     with pytest.raises(DataError, match="other images"):
         Sampler(**{**settings, **change}).restore(state)

@@ -141,7 +141,7 @@ def test_duplicates_animations_and_repeat_folders_are_noted(tmp_path):
     assert "identical files, all used: a.png, b.png" in notes
     assert "only the first frame is used of d.gif" in notes
     assert "10_cat" in notes
-    assert "--data.repeats" in notes
+    assert 'give it in data.subsets, such as pattern = "10_cat/*", repeats = 10' in notes
 
 
 def test_problems_of_all_kinds_come_in_one_error(tmp_path):

@@ -19,6 +19,19 @@ def _colour(value: str) -> str:
     return value.lower()
 
 
+class SubsetConfig(Section):
+    """One `[[data.subsets]]`: a pattern over images and what they get. The first that matches decides."""
+
+    pattern: str
+    """Glob over an image's path within the folder (`anna/*`), or `re:` and a regular expression."""
+
+    repeats: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """How often each of these images is seen in an epoch. Default: `repeats`."""
+
+    trigger: str | None = None
+    """A word put before their captions where they do not have it yet; empty: none. Default: `trigger`."""
+
+
 class DataConfig(Section):
     """The training images: where they lie, where their captions come from, and how they are cut."""
 
@@ -66,6 +79,9 @@ class DataConfig(Section):
 
     repeats: Annotated[int, Field(ge=1, le=10_000)] = 1
     """How often each image is seen in an epoch."""
+
+    subsets: tuple[SubsetConfig, ...] = ()
+    """Images that are seen more or less often than others, or have a trigger of their own."""
 
     caption_dropout: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """The share of the time, 0 to 1, that an image is seen with the empty caption."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from vislora.data.buckets import Bucket
 from vislora.data.draws import draw
 from vislora.errors import DataError
+
+ONCE: Mapping[int, int] = MappingProxyType({})
+"""Every example is seen once an epoch."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +30,16 @@ class Batch:
 
 
 def batches(
-    buckets: Mapping[Bucket, Sequence[int]], batch_size: int, seed: int, epoch: int, repeats: int = 1
+    buckets: Mapping[Bucket, Sequence[int]], batch_size: int, seed: int, epoch: int, repeats: Mapping[int, int] = ONCE
 ) -> list[Batch]:
-    """Return the batches of an epoch (counted from 0): every example exactly `repeats` times, buckets never mixed.
+    """Return the batches of an epoch (counted from 0): every example as often as `repeats` says, else once.
 
-    The last batch of a bucket may be short; none is dropped. Raises `DataError` unless sizes are 1 or more.
+    Buckets are never mixed. The last batch of a bucket may be short; none is dropped. Raises `DataError` unless numbers
+    are 1 or more.
     """
-    if batch_size < 1 or repeats < 1:
-        raise DataError(f"batch_size ({batch_size}) and repeats ({repeats}) must be 1 or more")
+    least = min(repeats.values(), default=1)
+    if batch_size < 1 or least < 1:
+        raise DataError(f"batch_size ({batch_size}) and repeats ({least}) must be 1 or more")
     found = []
     for bucket in sorted(buckets):
         places = _order(buckets[bucket], seed, epoch, repeats)
@@ -49,7 +55,11 @@ class Sampler:
     """Endless batches, epoch after epoch; `state()` says where it stands and `restore()` goes on exactly there."""
 
     def __init__(
-        self, buckets: Mapping[Bucket, Sequence[int]], batch_size: int, seed: int = 0, repeats: int = 1
+        self,
+        buckets: Mapping[Bucket, Sequence[int]],
+        batch_size: int,
+        seed: int = 0,
+        repeats: Mapping[int, int] = ONCE,
     ) -> None:
         self.buckets = {Bucket(*bucket): tuple(buckets[bucket]) for bucket in sorted(buckets)}
         self.batch_size, self.seed, self.repeats = batch_size, seed, repeats
@@ -91,16 +101,23 @@ class Sampler:
         self.epoch, self.position = epoch, position
 
     def _plan(self) -> str:
-        plan = (sorted(self.buckets.items()), self.batch_size, self.seed, self.repeats)
+        each = {index: self.repeats.get(index, 1) for indices in self.buckets.values() for index in indices}
+        alike = set(each.values())
+        plan = (
+            sorted(self.buckets.items()),
+            self.batch_size,
+            self.seed,
+            sorted(each.items()) if len(alike) > 1 else alike.pop(),
+        )
         return hashlib.sha256(repr(plan).encode("utf-8")).hexdigest()
 
 
-def _order(indices: Sequence[int], seed: int, epoch: int, repeats: int) -> list[tuple[int, int]]:
-    """Return (index, visit) pairs: one whole shuffled pass after the other, so that repeats lie far apart."""
-    visits = range(epoch * repeats, (epoch + 1) * repeats)
-    return [pair for visit in visits for pair in _pass(indices, seed, visit)]
-
-
-def _pass(indices: Sequence[int], seed: int, visit: int) -> list[tuple[int, int]]:
-    shuffled = sorted(indices, key=lambda index: draw(seed, visit, "order", index))
-    return [(index, visit) for index in shuffled]
+def _order(indices: Sequence[int], seed: int, epoch: int, repeats: Mapping[int, int]) -> list[tuple[int, int]]:
+    """Return (index, visit) pairs, shuffled; those of one example lie evenly apart."""
+    found = []
+    for index in indices:
+        count = repeats.get(index, 1)
+        for turn in range(count):
+            visit = epoch * count + turn
+            found.append(((turn + draw(seed, visit, "order", index)) / count, index, visit))
+    return [(index, visit) for _, index, visit in sorted(found)]

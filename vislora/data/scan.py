@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from vislora import files
 from vislora.data.captions import Captions, CaptionSource, read_captions, with_trigger
 from vislora.data.images import SUFFIXES, BadImage, decode, is_animated
 from vislora.data.listing import Listing, list_folder, shortened
+from vislora.data.subsets import Subset, require_images, subset_notes, subset_of
 from vislora.errors import DataError, listed
 
 # Each thread may hold an image of the largest size allowed, several times over while it is converted.
@@ -26,13 +27,17 @@ _THREADS = min(4, os.cpu_count() or 1)
 
 @dataclass(frozen=True)
 class Example:
-    """An image with its caption. `width`, `height`: upright, in pixels; `sha256`: of the file's bytes."""
+    """An image with its caption. `width`, `height`: upright, in pixels; `sha256`: of the file's bytes.
+
+    `repeats`: how often it is seen in an epoch.
+    """
 
     path: Path
     caption: str
     width: int
     height: int
     sha256: str
+    repeats: int = 1
 
 
 @dataclass(frozen=True)
@@ -60,18 +65,19 @@ def scan(
     folder: str | Path,
     *,
     captions: CaptionSource = "auto",
-    trigger: str | None = None,
+    subsets: Sequence[Subset] = (),
     allow_missing_captions: bool = False,
     skip_bad: bool = False,
     recursive: bool = True,
 ) -> ScanResult:
     """Read every image of `folder` and its caption; each is decoded once, and none is kept in memory.
 
-    `trigger` is put before every caption that does not have it as a word. `allow_missing_captions` gives images without
-    a caption the empty one (or the trigger alone). `skip_bad` leaves bad images out instead of failing.
+    The first of `subsets` that fits decides on repeats and trigger; a trigger is put before every caption that does not
+    have it as a word. `allow_missing_captions` gives images without a caption the empty one (or the trigger alone).
+    `skip_bad` leaves bad images out instead of failing.
 
     Raises `DataError` with every bad image, every missing, unreadable or contradictory caption and every caption file
-    without an image, all at once; or when there is no folder or no image in it.
+    without an image, all at once; when there is no folder or no image in it; or for subsets without images.
     """
     listing = list_folder(folder, recursive)
     if not listing.images and not listing.unsupported:
@@ -86,11 +92,23 @@ def scan(
     usable = [item for item in checked if not item.bad]
     if not usable:
         raise DataError(listed(f"no usable image in {listing.folder}:", (_line(listing, *item) for item in bad)))
+    names = [listing.name(item.path) for item in usable]
+    require_images(subsets, names)
     examples = [
-        Example(item.path, with_trigger(found.texts.get(item.path, ""), trigger), item.width, item.height, item.sha256)
-        for item in usable
+        _example(item, found.texts.get(item.path, ""), subset_of(name, subsets))
+        for item, name in zip(usable, names, strict=True)
     ]
-    return ScanResult(examples, bad, _notes(listing, found, usable, missing))
+    notes = _notes(listing, found, usable, missing)
+    if len(subsets) > 1:
+        notes += subset_notes(subsets, names)
+    else:
+        notes += _kohya_notes(usable)
+    return ScanResult(examples, bad, notes)
+
+
+def _example(item: Checked, text: str, subset: Subset) -> Example:
+    caption = with_trigger(text, subset.trigger)
+    return Example(item.path, caption, item.width, item.height, item.sha256, subset.repeats)
 
 
 def dataset_hash(examples: Iterable[Example]) -> str:
@@ -165,7 +183,14 @@ def _notes(listing: Listing, found: Captions, usable: list[Checked], missing: di
         notes.append(f"{len(listing.others)} file(s) are neither image nor caption: {names}")
     if listing.unread:
         notes.append(f"subfolder(s) not read, as recursive = false: {shortened(map(listing.name, listing.unread))}")
+    return notes
+
+
+def _kohya_notes(usable: list[Checked]) -> Iterator[str]:
+    """Yield what those should know who have sd-scripts' folders."""
     folders = sorted({item.path.parent.name for item in usable if re.match(r"\d+_", item.path.parent.name)})
     if folders:
-        notes.append(f"the number in {shortened(folders)} is part of the name, not a repeat count: see --data.repeats")
-    return notes
+        yield (
+            f"the number in {shortened(folders)} is part of the name, not a repeat count: give it in data.subsets, "
+            f'such as pattern = "{folders[0]}/*", repeats = {int(folders[0].partition("_")[0])}'
+        )

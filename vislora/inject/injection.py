@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from vislora.algorithms.base import Algorithm, Init, InitOptions, LayerSpec, Rule, fits, require_kind
 from vislora.algorithms.dora import Axis, norms
 from vislora.errors import AdapterFileError, AdapterMismatchError, ConfigError, listed
+from vislora.globs import matches
 from vislora.inject.layer import is_wrapped, state_of
 from vislora.inject.moment import Moment
 from vislora.inject.parts import Dropout, LayerAdapter, takes_lora
 from vislora.inject.stack import Stack, existing_stack, settle, stack_of
-from vislora.inject.targets import PRESETS, Target, matches, unwrapped
+from vislora.inject.targets import PRESETS, Target, unwrapped
 from vislora.registry import ALGORITHMS
 
 MAGNITUDE = "magnitude"

@@ -15,8 +15,9 @@ from functools import partial
 from typing import Any
 
 from vislora.errors import ConfigError, nearest
+from vislora.globs import matches
 from vislora.inject.region import Region
-from vislora.inject.targets import matches, near_misses
+from vislora.inject.targets import near_misses
 
 LARGEST = 100.0
 """A strength or factor beyond it is taken for a mistake."""

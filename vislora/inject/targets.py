@@ -6,7 +6,6 @@ A pattern is a glob over the dotted path (`*.attn2.to_k`) or, after `re:`, a reg
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import nn
 
 from vislora.algorithms.base import LayerSpec
 from vislora.errors import ConfigError, listed, nearest
+from vislora.globs import matches
 from vislora.inject.fused import FUSED, can_fuse, idle_layers
 
 _ATTENTION = (
@@ -85,16 +85,6 @@ def select(model: nn.Module, targets: Sequence[Target], preset: str, default: Ta
             )
         )
     return chosen
-
-
-def matches(pattern: str, path: str) -> bool:
-    """Say whether `pattern` (a glob, or `re:` and a regular expression) matches the whole `path`."""
-    if pattern.startswith("re:"):
-        try:
-            return re.fullmatch(pattern[3:], path) is not None
-        except re.error as error:
-            raise ConfigError(f"pattern '{pattern}' is no valid regular expression: {error}") from None
-    return fnmatch.fnmatchcase(path, pattern)
 
 
 @dataclass(frozen=True)

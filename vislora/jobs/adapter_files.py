@@ -107,7 +107,8 @@ def _metadata(plan: Plan, trained: Trained, name: str, step: int) -> dict[str, s
 
 def _modelspec(plan: Plan, trained: Trained, name: str) -> dict[str, str]:
     """Stability AI's ModelSpec 1.0.1."""
-    trigger = plan.config.data.trigger
+    data = plan.config.data
+    words = dict.fromkeys(word for word in (data.trigger, *(subset.trigger for subset in data.subsets)) if word)
     found = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": name,
@@ -115,7 +116,7 @@ def _modelspec(plan: Plan, trained: Trained, name: str) -> dict[str, str]:
         "modelspec.resolution": f"{plan.resolution}x{plan.resolution}",
         "modelspec.encoder_layer": "1",
     }
-    return {**found, "modelspec.trigger_phrase": trigger} if trigger else found
+    return {**found, "modelspec.trigger_phrase": ", ".join(words)} if words else found
 
 
 def _ss(plan: Plan, trained: Trained, name: str, step: int) -> dict[str, str]:
@@ -123,7 +124,8 @@ def _ss(plan: Plan, trained: Trained, name: str, step: int) -> dict[str, str]:
     config = plan.config
     adapter, loop, optimizer = config.adapter, config.loop, config.optimizer
     alpha = adapter.rank if adapter.alpha is None else adapter.alpha
-    per_epoch = max(1, len(trained.examples) * config.data.repeats)
+    per_epoch = sum(example.repeats for example in trained.examples)
+    folders = _by_folder(trained.examples)
     has_conv = adapter.preset in ("all", "every-layer")
     network_args = {"conv_dim": str(adapter.rank), "conv_alpha": str(alpha)} if has_conv else {}
     plain = adapter.algorithm == "lora" and not adapter.dora
@@ -141,7 +143,7 @@ def _ss(plan: Plan, trained: Trained, name: str, step: int) -> dict[str, str]:
         "steps": step,
         "max_train_steps": plan.steps,
         "num_epochs": -(-step * plan.batch_size * loop.gradient_accumulation // per_epoch),
-        "num_train_images": len(trained.examples) * config.data.repeats,
+        "num_train_images": per_epoch,
         "num_reg_images": 0,
         "batch_size_per_device": plan.batch_size,
         "gradient_accumulation_steps": loop.gradient_accumulation,
@@ -161,9 +163,9 @@ def _ss(plan: Plan, trained: Trained, name: str, step: int) -> dict[str, str]:
         "enable_bucket": True,
         "bucket_info": json.dumps(_bucket_info(trained.buckets)),
         "dataset_dirs": json.dumps(
-            {config.data.folder.name: {"n_repeats": config.data.repeats, "img_count": len(trained.examples)}}
+            {name: {"n_repeats": some[0].repeats, "img_count": len(some)} for name, some in folders.items()}
         ),
-        "tag_frequency": json.dumps({config.data.folder.name: _tags(trained.examples)}),
+        "tag_frequency": json.dumps({name: _tags(some) for name, some in folders.items()}),
         "training_started_at": trained.started,
         "training_finished_at": datetime.now(UTC).timestamp(),
     }
@@ -176,6 +178,15 @@ def _bucket_info(buckets: Mapping[Bucket, Sequence[int]]) -> dict[str, Any]:
         for number, (bucket, indices) in enumerate(sorted(buckets.items()))
     }
     return {"buckets": rows}
+
+
+def _by_folder(examples: Sequence[Example]) -> dict[str, list[Example]]:
+    """Return the examples by the name of their folder, as sd-scripts has them; `2_name` where repeats differ in one."""
+    found: dict[tuple[str, int], list[Example]] = {}
+    for example in examples:
+        found.setdefault((example.path.parent.name, example.repeats), []).append(example)
+    often = Counter(name for name, _ in found)
+    return {f"{repeats}_{name}" if often[name] > 1 else name: some for (name, repeats), some in found.items()}
 
 
 def _tags(examples: Sequence[Example]) -> dict[str, int]:

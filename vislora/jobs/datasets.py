@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 
+from vislora.config.data import DataConfig
 from vislora.data.buckets import Bucket, assign, bucket_notes, bucket_summary
 from vislora.data.cache import Cache, weights_fingerprint
 from vislora.data.captions import tag_orders
@@ -20,6 +21,7 @@ from vislora.data.masks import find_masks, mask_views, require_some, shrunk
 from vislora.data.pairs import find_sources, source_views
 from vislora.data.sampler import Batch, Sampler, batches
 from vislora.data.scan import Example, ScanResult, scan
+from vislora.data.subsets import Subset
 from vislora.errors import ConfigError
 from vislora.jobs.held_out import Buckets, HeldOut, split
 from vislora.jobs.plan import Plan, images_at_once
@@ -54,11 +56,13 @@ class Prepared:
 
     def largest_batch(self) -> dict[str, Any]:
         """Return the batch of the most pixels that there is."""
-        buckets, size, repeats = self.sampler.buckets, self.sampler.batch_size, self.sampler.repeats
-        counts = {bucket: min(size, repeats * len(indices)) for bucket, indices in buckets.items()}
-        bucket = max(counts, key=lambda item: item.width * item.height * counts[item])
-        indices = (buckets[bucket] * repeats)[: counts[bucket]]
-        return self.dataset.batch(Batch(bucket, indices, (0,) * len(indices)))
+        size, repeats = self.sampler.batch_size, self.sampler.repeats
+        shown = {
+            bucket: tuple(index for index in indices for _ in range(repeats[index]))[:size]
+            for bucket, indices in self.sampler.buckets.items()
+        }
+        bucket = max(shown, key=lambda item: item.width * item.height * len(shown[item]))
+        return self.dataset.batch(Batch(bucket, shown[bucket], (0,) * len(shown[bucket])))
 
 
 def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Record, None, Prepared]:
@@ -94,7 +98,8 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
     beside: dict[str, Any] = {"sources": shown, "seen": seen is not None, "masks": learned_parts}
     make = partial(TrainingSet, cache, wanted, keys, seed=config.seed, **beside)
     dataset = make(caption_dropout=data.caption_dropout, orders=orders, priors=priors, prior_views=kept)
-    sampler = Sampler(learned, plan.batch_size, config.seed, data.repeats)
+    repeats = {index: examples[index].repeats for indices in learned.values() for index in indices}
+    sampler = Sampler(learned, plan.batch_size, config.seed, repeats)
     held_out = HeldOut(_in(held, examples), _in(held, sources), make(), batches(held, plan.batch_size, config.seed, 0))
     if held:
         yield Note(f"{len(held_out.examples)} of {len(examples)} images are held out; the loss on them is measured")
@@ -107,7 +112,7 @@ def _scanned(plan: Plan, family: Family) -> Generator[Note, None, tuple[ScanResu
     found = scan(
         data.folder,
         captions=data.captions,
-        trigger=data.trigger,
+        subsets=_subsets(data),
         allow_missing_captions=data.allow_missing_captions,
         skip_bad=data.skip_bad,
         recursive=data.recursive,
@@ -120,6 +125,14 @@ def _scanned(plan: Plan, family: Family) -> Generator[Note, None, tuple[ScanResu
         yield Note(line)
     yield from _told(family, found.examples)
     return found, buckets
+
+
+def _subsets(data: DataConfig) -> list[Subset]:
+    """Return the subsets of the settings, and last what is in none of them."""
+    rest = Subset("*", data.repeats, data.trigger)
+    given = [(each.pattern, each.repeats or rest.repeats, each.trigger) for each in data.subsets]
+    own = [Subset(name, repeats, rest.trigger if word is None else word) for name, repeats, word in given]
+    return [*own, rest]
 
 
 def _in(buckets: Buckets, examples: Sequence[Example]) -> list[Example]:
