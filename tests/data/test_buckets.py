@@ -11,6 +11,8 @@ from vislora.data.buckets import (
     bucket_sizes,
     bucket_summary,
     cropped_share,
+    enlargement,
+    size_notes,
 )
 from vislora.errors import DataError
 
@@ -79,6 +81,23 @@ def test_assign_uses_every_example_once(sizes):
     members = assign(examples, 256, 32)
     assert sorted(index for indices in members.values() for index in indices) == list(range(len(examples)))
     assert list(members) == sorted(members)
+
+
+@given(st.lists(st.tuples(sides, sides), max_size=30), st.booleans())
+def test_larger_resolutions_have_what_need_not_be_enlarged(sizes, upscale):
+    examples = [make_example(f"{n}", *size) for n, size in enumerate(sizes)]
+    members = assign(examples, 512, 32, more=[256, 1024], upscale=upscale)
+    for index, example in enumerate(examples):
+        (least,) = (bucket for bucket, places in assign([example], 256, 32, upscale=upscale).items() if places)
+        own = {bucket for bucket, places in members.items() if index in places}
+        assert least in own
+        assert all(enlargement(example, bucket) <= 1.0 for bucket in own - {least})
+        if min(sizes[index]) >= 3 * 1024:
+            assert len(own) == 3
+    fewer = [n for n in range(len(sizes)) if sum(n in places for places in members.values()) < 3]
+    told = size_notes(examples, members, 3)
+    assert bool(told) == bool(fewer)
+    assert not told or told[0].startswith(f"{len(fewer)} image(s) are too small for the larger resolutions")
 
 
 def test_summary_and_notes():

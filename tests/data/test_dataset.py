@@ -1,15 +1,19 @@
+from itertools import islice
+
 import pytest
 import torch
 from data_helpers import make_image
 
 from vislora.config.data import DataConfig
-from vislora.data.buckets import assign
+from vislora.data.buckets import Bucket, assign
 from vislora.data.cache import Cache
 from vislora.data.dataset import TrainingSet, collate, counts, is_dropped
 from vislora.data.encode import cache_latents, cache_texts, views
 from vislora.data.sampler import Sampler
 from vislora.data.scan import scan
 from vislora.errors import ConfigError, DataError
+
+SQUARE = Bucket(64, 64)
 
 
 def value_of(generator):
@@ -57,19 +61,19 @@ def test_a_batch_has_everything(training_set, examples):
 
 
 def test_captions_alone_when_text_encoders_train(training_set):
-    item = training_set(text=False)[1, 0]
+    item = training_set(text=False)[1, 0, SQUARE]
     assert (item["caption"], item["text"]) == ("xx", None)
     assert collate([item])["text"] is None
 
 
 def test_dropped_captions_take_the_empty_ones_features(training_set):
     dropping = training_set(dropout=0.5)
-    items = [dropping[2, visit] for visit in range(40)]
+    items = [dropping[2, visit, SQUARE] for visit in range(40)]
     captions = {item["caption"] for item in items}
     assert captions == {"", "xxx"}
     assert all(item["text"]["hidden"].item() == len(item["caption"]) for item in items)
-    assert [item["caption"] for item in items] == [dropping[2, visit]["caption"] for visit in range(40)]
-    assert {training_set(dropout=1.0)[i, 0]["caption"] for i in range(3)} == {""}
+    assert [item["caption"] for item in items] == [dropping[2, visit, SQUARE]["caption"] for visit in range(40)]
+    assert {training_set(dropout=1.0)[i, 0, SQUARE]["caption"] for i in range(3)} == {""}
 
 
 def test_dropout_has_the_asked_share():
@@ -87,19 +91,40 @@ def test_views_change_from_visit_to_visit(tmp_path):
     for number, view in enumerate(wanted[0]):
         cache.put(view.key, {"latents": torch.full((1, 2, 2), float(number))})
     data = TrainingSet(cache, wanted, None)
-    seen = [data[0, visit]["latents"].mean().item() for visit in range(30)]
+    seen = [data[0, visit, SQUARE]["latents"].mean().item() for visit in range(30)]
     assert set(seen) == {0.0, 1.0}
+
+
+def test_each_bucket_has_its_own_views(tmp_path):
+    make_image(tmp_path / "images/a.png", (64, 64)).with_suffix(".txt").write_text("x")
+    examples = scan(tmp_path / "images").examples
+    buckets = assign(examples, 64, 8, more=[32])
+    wanted = views(examples, buckets, fingerprint="vae", flip=True)
+    cache = Cache(tmp_path / "cache")
+    for number, view in enumerate(wanted[0]):
+        cache.put(view.key, {"latents": torch.full((1, view.bucket.height // 8, 2), float(number))})
+    data = TrainingSet(cache, wanted, None)
+    seen = {
+        (batch.bucket, tuple(tensors["latents"].shape), tensors["latents"].mean().item())
+        for batch, tensors in islice(data.batches(Sampler(buckets, 1)), 40)
+    }
+    assert seen == {
+        (Bucket(32, 32), (1, 1, 4, 2), 0.0),
+        (Bucket(32, 32), (1, 1, 4, 2), 1.0),
+        (SQUARE, (1, 1, 8, 2), 2.0),
+        (SQUARE, (1, 1, 8, 2), 3.0),
+    }
 
 
 def test_a_lost_entry_is_named(training_set, examples, tmp_path):
     data = training_set()
     data.cache = Cache(tmp_path / "elsewhere")
     with pytest.raises(DataError, match=r"latents of .*0\.png are not in the cache"):
-        data[0, 0]
+        data[0, 0, SQUARE]
     data = training_set()
     del data.text_keys["x"]
     with pytest.raises(DataError, match="caption 'x'"):
-        data[0, 0]
+        data[0, 0, SQUARE]
 
 
 def test_differing_shapes_are_an_error():

@@ -3,13 +3,15 @@ import torch
 from data_helpers import make_image
 from PIL import Image
 
-from vislora.data.buckets import assign
+from vislora.data.buckets import Bucket, assign
 from vislora.data.cache import Cache
 from vislora.data.dataset import TrainingSet
 from vislora.data.encode import cache_latents, views
 from vislora.data.masks import find_masks, mask_views, require_some, shrunk
 from vislora.data.scan import scan
 from vislora.errors import DataError
+
+SQUARE = Bucket(64, 64)
 
 
 @pytest.fixture
@@ -48,17 +50,17 @@ def test_a_mask_is_cut_to_the_cells_of_its_image(mode, size, folders, tmp_path):
     images, masks = folders
     half(masks / "a.webp" if mode == "L" else masks / "a.png", size, mode)
     data, _ = cached(images, masks, tmp_path)
-    mask = data[0, 0]["mask"]
+    mask = data[0, 0, SQUARE]["mask"]
     assert mask.shape == (1, 8, 8)
     assert torch.allclose(mask[0], torch.tensor([1.0] * 4 + [0.0] * 4).expand(8, 8), atol=0.06)
-    assert torch.equal(data[1, 0]["mask"], torch.ones(1, 8, 8))
+    assert torch.equal(data[1, 0, SQUARE]["mask"], torch.ones(1, 8, 8))
 
 
 def test_a_mask_is_mirrored_with_its_image(folders, tmp_path):
     images, masks = folders
     half(masks / "a.png")
     data, _ = cached(images, masks, tmp_path, flip=True)
-    left = {data[0, visit]["mask"][0, 0, 0].round().item() for visit in range(20)}
+    left = {data[0, visit, SQUARE]["mask"][0, 0, 0].round().item() for visit in range(20)}
     assert left == {0.0, 1.0}
 
 

@@ -65,6 +65,9 @@ class DataConfig(Section):
     resolution: Annotated[int, Field(ge=16, le=4096, multiple_of=8)] | None = None
     """Side, in pixels, of the square whose area no picture exceeds; without it, the base model's own."""
 
+    more_resolutions: tuple[Annotated[int, Field(ge=16, le=4096, multiple_of=8)], ...] = ()
+    """Further resolutions: each image is seen at all that it is large enough for, and at the smallest in any case."""
+
     max_aspect: Annotated[float, Field(ge=1.0, le=8.0)] = 3.0
     """The longest picture shape: long side over short side; 1 cuts every image to a square."""
 

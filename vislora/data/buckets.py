@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from vislora.data.images import cover_box
@@ -63,18 +65,29 @@ def bucket_for(width: int, height: int, sizes: Sequence[Bucket], step: int, upsc
 
 
 def assign(
-    examples: Sequence[Example], resolution: int, step: int, *, max_aspect: float = MAX_ASPECT, upscale: bool = True
+    examples: Sequence[Example],
+    resolution: int,
+    step: int,
+    *,
+    more: Sequence[int] = (),
+    max_aspect: float = MAX_ASPECT,
+    upscale: bool = True,
 ) -> dict[Bucket, list[int]]:
     """Put every example into a bucket: bucket -> places in `examples`, both in ascending order.
 
     `resolution`: the side of the square whose area no bucket exceeds; `step`: what every side is a multiple of.
+    `more`: further resolutions, with a bucket each for an example that need not be enlarged for it; the smallest of all
+    takes every example.
     """
-    sizes = bucket_sizes(resolution, step, max_aspect)
-    members: dict[Bucket, list[int]] = {}
-    for index, example in enumerate(examples):
-        bucket = bucket_for(example.width, example.height, sizes, step, upscale)
-        members.setdefault(bucket, []).append(index)
-    return dict(sorted(members.items()))
+    least, *others = sorted({resolution, *more})
+    members: dict[Bucket, set[int]] = {}
+    for side in (least, *others):
+        sizes = bucket_sizes(side, step, max_aspect)
+        for index, example in enumerate(examples):
+            bucket = bucket_for(example.width, example.height, sizes, step, upscale)
+            if side == least or enlargement(example, bucket) <= 1.0:
+                members.setdefault(bucket, set()).add(index)
+    return {bucket: sorted(members[bucket]) for bucket in sorted(members)}
 
 
 def cropped_share(example: Example, bucket: Bucket) -> float:
@@ -97,16 +110,29 @@ def bucket_notes(examples: Sequence[Example], members: Mapping[Bucket, Sequence[
     """Return a line each for the images that lose more than a tenth of their area, and for those that are enlarged."""
     pairs = [(examples[index], bucket) for bucket, indices in members.items() for index in indices]
     notes = []
-    cropped = _above(NOTED_CROP, [(cropped_share(*pair), pair[0].path.name) for pair in pairs])
+    cropped = _above(NOTED_CROP, [(cropped_share(*pair), pair[0]) for pair in pairs])
     if cropped:
         names = shortened(f"{name} ({share:.0%})" for share, name in cropped)
         notes.append(f"{len(cropped)} image(s) lose more than {NOTED_CROP:.0%} of their area to the crop: {names}")
-    enlarged = _above(1.0, [(enlargement(*pair), pair[0].path.name) for pair in pairs])
+    enlarged = _above(1.0, [(enlargement(*pair), pair[0]) for pair in pairs])
     if enlarged:
         names = shortened(f"{name} ({factor:.3g}x)" for factor, name in enlarged)
         notes.append(f"{len(enlarged)} image(s) are smaller than their bucket and get enlarged: {names}")
     return notes
 
 
-def _above(limit: float, values: list[tuple[float, str]]) -> list[tuple[float, str]]:
-    return sorted((item for item in values if item[0] > limit), key=lambda item: -item[0])
+def size_notes(examples: Sequence[Example], members: Mapping[Bucket, Sequence[int]], count: int) -> list[str]:
+    """Return a line about the images that have a bucket at fewer than `count` resolutions, for they are too small."""
+    times = Counter(index for indices in members.values() for index in indices)
+    fewer = [example.path.name for index, example in enumerate(examples) if times[index] < count]
+    if not fewer:
+        return []
+    return [f"{len(fewer)} image(s) are too small for the larger resolutions and not seen there: {shortened(fewer)}"]
+
+
+def _above(limit: float, values: list[tuple[float, Example]]) -> list[tuple[float, str]]:
+    """Return the values above `limit` with the images' names, the largest first, and of one image the largest alone."""
+    largest: dict[Path, float] = {}
+    for value, example in values:
+        largest[example.path] = max(value, largest.get(example.path, value))
+    return sorted(((value, path.name) for path, value in largest.items() if value > limit), key=lambda item: -item[0])

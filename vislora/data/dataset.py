@@ -48,15 +48,15 @@ class TrainingSet(Dataset):
     def __len__(self) -> int:
         return len(self.views)
 
-    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
-        """Return the example at (index, visit): `latents`, `caption`, `text`, the sizes.
+    def __getitem__(self, place: tuple[int, int, Bucket]) -> dict[str, Any]:
+        """Return the example at (index, visit) as it is in a bucket: `latents`, `caption`, `text`, the sizes.
 
         With priors, one's as well; with sources, the latents of its own as `source`; with masks, `mask`.
         """
-        index, visit = place
-        its_views = self.views[index]
-        chosen = int(draw(self.seed, visit, "view", index) * len(its_views))
-        view, source = its_views[chosen], None if self.sources is None else self.sources[index][chosen]
+        index, visit, bucket = place
+        fitting = [number for number, view in enumerate(self.views[index]) if view.bucket == bucket]
+        chosen = fitting[int(draw(self.seed, visit, "view", index) * len(fitting))]
+        view, source = self.views[index][chosen], None if self.sources is None else self.sources[index][chosen]
         caption = self._caption(view.example.caption, visit, index)
         found = {**self._image(view), "caption": caption, "text": self._text(caption, source)}
         if source is not None:
@@ -109,7 +109,8 @@ class TrainingSet(Dataset):
 
     def batch(self, batch: Batch) -> dict[str, Any]:
         """Return the collated tensors of a batch (see `collate`). Raises `DataError` when the cache lost an entry."""
-        return collate([self[place] for place in zip(batch.indices, batch.visits, strict=True)])
+        places = zip(batch.indices, batch.visits, strict=True)
+        return collate([self[index, visit, batch.bucket] for index, visit in places])
 
     def batches(self, sampler: Sampler) -> Iterator[tuple[Batch, dict[str, Any]]]:
         """Yield (batch, tensors) for ever, as `sampler` goes."""

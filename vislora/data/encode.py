@@ -67,7 +67,7 @@ def views(
     flip: bool = False,
     background: Colour = WHITE,
 ) -> list[list[View]]:
-    """Return for every example its views, at least one; training takes one of them per visit.
+    """Return for every example its views, at least one for each bucket; training takes one of them per visit.
 
     `crop`: `center`, `top` or `random` (a few places per image). `flip` adds the mirror image of each.
     `fingerprint` identifies the image encoder: weights, class and scaling (see `weights_fingerprint`).
@@ -76,7 +76,7 @@ def views(
     mirrored = (False, True) if flip else (False,)
     for bucket, indices in buckets.items():
         for index in indices:
-            found[index] = [
+            found[index] += [
                 View(examples[index], bucket, position, flipped, background, fingerprint)
                 for position in crop_positions(crop, examples[index].sha256)
                 for flipped in mirrored

@@ -83,6 +83,11 @@ class Sampler:
         self.position += 1
         return self._batches[self.position - 1]
 
+    @property
+    def pictures(self) -> int:
+        """How many pictures an epoch has."""
+        return sum(len(batch.indices) for batch in self._batches)
+
     def state(self) -> dict[str, Any]:
         """Return where the sampler stands: `epoch`, `position` (batches of it already given) and the plan's hash."""
         return {"epoch": self.epoch, "position": self.position, "plan": self._plan()}

@@ -28,12 +28,13 @@ from vislora.registry import FORMATS
 
 @dataclass(frozen=True)
 class Trained:
-    """What is known at the time of saving. `started`: seconds since 1970."""
+    """What is known at the time of saving. `epoch`: pictures in one. `started`: seconds since 1970."""
 
     family: Family
     base_hash: str
     examples: Sequence[Example]
     buckets: Mapping[Bucket, Sequence[int]]
+    epoch: int
     started: float
 
 
@@ -124,7 +125,6 @@ def _ss(plan: Plan, trained: Trained, name: str, step: int) -> dict[str, str]:
     config = plan.config
     adapter, loop, optimizer = config.adapter, config.loop, config.optimizer
     alpha = adapter.rank if adapter.alpha is None else adapter.alpha
-    per_epoch = sum(example.repeats for example in trained.examples)
     folders = _by_folder(trained.examples)
     has_conv = adapter.preset in ("all", "every-layer")
     network_args = {"conv_dim": str(adapter.rank), "conv_alpha": str(alpha)} if has_conv else {}
@@ -142,8 +142,8 @@ def _ss(plan: Plan, trained: Trained, name: str, step: int) -> dict[str, str]:
         "seed": config.seed,
         "steps": step,
         "max_train_steps": plan.steps,
-        "num_epochs": -(-step * plan.batch_size * loop.gradient_accumulation // per_epoch),
-        "num_train_images": per_epoch,
+        "num_epochs": -(-step * plan.batch_size * loop.gradient_accumulation // trained.epoch),
+        "num_train_images": trained.epoch,
         "num_reg_images": 0,
         "batch_size_per_device": plan.batch_size,
         "gradient_accumulation_steps": loop.gradient_accumulation,

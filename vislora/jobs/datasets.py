@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 
 from vislora.config.data import DataConfig
-from vislora.data.buckets import Bucket, assign, bucket_notes, bucket_summary
+from vislora.data.buckets import Bucket, assign, bucket_notes, bucket_summary, size_notes
 from vislora.data.cache import Cache, weights_fingerprint
 from vislora.data.captions import tag_orders
 from vislora.data.dataset import TrainingSet, text_name
@@ -83,7 +83,7 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
     )
     shown = source_views(wanted, sources) if sources else None
     masks, learned_parts = yield from _masks(plan, found, wanted, cache)
-    at_once = images_at_once(plan.resolution)
+    at_once = images_at_once(plan.largest)
     priors = prior_captions([example.caption for example in _in(learned, examples)], config.prior)
     drawn = yield from draw_priors(plan, family, folder, cache, priors)
     kept = prior_views(drawn, plan, family, _image_fingerprint(family))
@@ -120,8 +120,11 @@ def _scanned(plan: Plan, family: Family) -> Generator[Note, None, tuple[ScanResu
     for path, reason in found.skipped:
         yield Note(f"skipped {path}: {reason}", "warning")
     step = family.traits.size_step
-    buckets = assign(found.examples, plan.resolution, step, max_aspect=data.max_aspect, upscale=data.upscale)
-    for line in [*found.notes, *bucket_notes(found.examples, buckets), *bucket_summary(buckets)]:
+    shape: dict[str, Any] = {"max_aspect": data.max_aspect, "upscale": data.upscale}
+    buckets = assign(found.examples, plan.resolution, step, more=data.more_resolutions, **shape)
+    notes = [*found.notes, *bucket_notes(found.examples, buckets), *bucket_summary(buckets)]
+    notes += size_notes(found.examples, buckets, len({plan.resolution, *data.more_resolutions}))
+    for line in notes:
         yield Note(line)
     yield from _told(family, found.examples)
     return found, buckets
@@ -139,7 +142,7 @@ def _in(buckets: Buckets, examples: Sequence[Example]) -> list[Example]:
     """Return those of the `examples` that are in the `buckets`, in their order; of none there are none."""
     if not examples:
         return []
-    return [examples[index] for index in sorted(index for indices in buckets.values() for index in indices)]
+    return [examples[index] for index in sorted({index for indices in buckets.values() for index in indices})]
 
 
 def _sources(plan: Plan, family: Family, found: ScanResult) -> Generator[Record, None, list[Example]]:
@@ -178,7 +181,7 @@ def _masks(
     masks = find_masks(found.examples, data.folder, data.masks, recursive=data.recursive, left_out=left_out)
     shown = mask_views(wanted, masks)
     there = [[view for view in its_views if view] for its_views in shown]
-    yield from cache_latents(cache, there, shrunk, batch_size=images_at_once(plan.resolution), what="masks")
+    yield from cache_latents(cache, there, shrunk, batch_size=images_at_once(plan.largest), what="masks")
     require_some(cache, chain.from_iterable(there))
     yield Note(f"{sum(map(bool, masks))} of {len(masks)} images have a mask")
     return [mask for mask in masks if mask], shown

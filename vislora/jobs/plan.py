@@ -19,6 +19,11 @@ class Plan:
     text_learning_rate: float
     resolution: int
 
+    @property
+    def largest(self) -> int:
+        """The largest of all resolutions."""
+        return max([self.resolution, *self.config.data.more_resolutions])
+
 
 def make_plan(config: TrainConfig, traits: Traits, precision: str) -> Plan:
     """Fill in what `config` leaves open from the base's traits; text encoders learn at half the rate by default.

@@ -71,7 +71,8 @@ def run(config: TrainConfig) -> Iterator[Record]:
         if state is not None:
             require_same(plan.config, folder, state)
         data = yield from prepare_data(plan, family, folder)
-        about = Trained(family, base_hash(config.base, config.base_parts), data.examples, data.buckets, started)
+        base, pictures = base_hash(config.base, config.base_parts), data.sampler.pictures
+        about = Trained(family, base, data.examples, data.buckets, pictures, started)
         chosen = chosen_layers(config, family)
         resting = _rested(config, family, accelerator.device)
         yield from _memory(plan, family, data, chosen, resting)
