@@ -3,6 +3,7 @@
     python train_scripts/make_pictures.py [--only NAME]
 
 sheet.png: base, two styles, both. composition.png: two styles, and a style on a character, under every composition.
+change.png: a style put on pictures.
 """
 
 from __future__ import annotations
@@ -104,7 +105,22 @@ def composition() -> Image.Image:
     return contact_sheet(list(rows.values()), labels, columns, cell=128)
 
 
-PICTURES: dict[str, Callable[[], Image.Image]] = {"sheet": sheet, "composition": composition}
+def change() -> Image.Image:
+    """Return pictures in one style, and ink put on them with more and more change."""
+    subjects = SUBJECTS[:6]
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = tuple(f"{subject}, flat style" for subject in subjects)
+        sources = vislora.generate(prompt=prompts, seed=5, output=Path(folder))
+        rows = {"picture": [source.image for source in sources]}
+        for much in (0.2, 0.4, 0.6, 0.8):
+            rows[f"change {much}"] = [
+                row([f"{subject}, ink style"], {"ink": 1.0}, source=source.path, change=much)[0]
+                for subject, source in zip(subjects, sources, strict=True)
+            ]
+    return contact_sheet(list(rows.values()), list(rows), subjects, cell=96)
+
+
+PICTURES: dict[str, Callable[[], Image.Image]] = {"sheet": sheet, "composition": composition, "change": change}
 
 
 def main() -> int:

@@ -27,7 +27,9 @@ class GenerateConfig(ComposedStackConfig):
     base_parts: str = ""
     """For a base in one file: a diffusers folder with its configs and what the file does not hold."""
     source: Path | None = None
-    """The image to edit, for a base that edits (FLUX.1 Kontext, FLUX.2, Qwen-Image-Edit); cut to the picture's size."""
+    """An image to start from, or to edit for a base that edits (FLUX.1 Kontext, ...); cut to the picture's size."""
+    change: float | None = Field(None, gt=0, le=1)
+    """How much of the source changes: 1 keeps next to nothing of it. Default: 0.6; a base that edits takes none."""
     negative_prompt: str = ""
     """What the images should not show."""
     seed: int = Field(0, ge=0, lt=2**63)

@@ -28,6 +28,9 @@ from vislora.records import Done, Note, Progress, Record, result
 from vislora.registry import COMPOSITIONS
 from vislora.reports.sheet import contact_sheet
 
+CHANGE = 0.6
+"""How much of an image that is started from changes, when nothing is said."""
+
 
 def generate(**settings: Any) -> list[Picture]:
     """Make images; `settings` are the fields of `GenerateConfig`. Returns the pictures, in the order of the prompts."""
@@ -47,7 +50,7 @@ def run(config: GenerateConfig) -> Iterator[Record]:
     studio = open_studio(config.base, config.device, config.precision, config.base_parts, config.quantize)
     studio.source = source
     how = sampling(studio.family, config)
-    require_source(studio.family, config.source is not None)
+    require_source(studio.family, config.source is not None, how)
     for label, path in paths.items():
         yield from studio.load(label, path, config.allow_partial, config.allow_pickle)
     studio.set_composition(config.compose)
@@ -78,11 +81,13 @@ def sampling(family: Family, config: GenerateConfig) -> Sampling:
     wrong = [f"{name}: {side} is no multiple of {step}" for name, side in sides.items() if side % step]
     if wrong:
         raise ConfigError(wrong, where="this base makes no image of that size:")
+    change = CHANGE if config.change is None and config.source and not traits.source else config.change
     scheduler_for(family.pipeline, config.scheduler)  # an unknown name is told before any adapter is loaded
     return Sampling(
         steps=config.steps or traits.steps,
         guidance_scale=traits.guidance_scale if config.guidance_scale is None else config.guidance_scale,
         scheduler=config.scheduler,
+        change=change,
         **sides,
     )
 
@@ -186,7 +191,7 @@ def _repeat(config: GenerateConfig, source: Path) -> Iterator[Record]:
     studio.set_composition(ComposeConfig.of(recipe.compose))
     studio.source = recipe.source
     if recipe.source is not None and Source.of(Path(recipe.source.path)) != recipe.source:
-        raise ConfigError(f"like: the image to edit, {recipe.source.path}, has changed since {source} was made")
+        raise ConfigError(f"like: the source image, {recipe.source.path}, has changed since {source} was made")
     image, again = studio.shoot(recipe.batch, recipe.stacks, recipe.sampling)[recipe.index]
     picture = save_numbered(image, config.output, free_numbers(config.output), again)
     yield Done([picture], str(picture.path))

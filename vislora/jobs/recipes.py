@@ -31,8 +31,8 @@ class Recipe:
     """`batch` holds all shots of the batch that the image was made in and `index` its place: a batch of another size
     changes the last bits. `adapters`: rows of name, path, sha256 and `strength` (see `strengths.as_json`); where the
     images of the batch have stacks of their own, `batch` holds the strength on each. `engine`: merged or stacked.
-    `compose`: the composition's method and settings. `source`: the image that was edited. `base_parts`: the folder
-    beside a base in one file. `quantize`: see `models.quantized`.
+    `compose`: the composition's method and settings. `source`: the image that was edited or started from.
+    `base_parts`: the folder beside a base in one file. `quantize`: see `models.quantized`.
     """
 
     base: str
@@ -156,12 +156,14 @@ def _parameters(recipe: Recipe) -> str:
     how, shot = recipe.sampling, recipe.shot
     own = recipe.stacks[recipe.index]
     tags = "".join(f" {tag(name, strength)}" for name, strength in own.items() if strength != OFF)
+    start = [] if how.change is None else [f"Denoising strength: {how.change:g}"]
     settings: Sequence[str] = (
         f"Steps: {how.steps}",
         f"Sampler: {how.scheduler}",
         f"CFG scale: {how.guidance_scale:g}",
         f"Seed: {shot.seed}",
         f"Size: {how.width}x{how.height}",
+        *start,
         f"Model: {Path(recipe.base).name or 'vislora embedded'}",
         f"Version: vislora {recipe.versions['vislora']}",
     )

@@ -1,4 +1,4 @@
-"""The image that a base edits: read, cut to the size of the picture, and told apart by its contents."""
+"""The image that a base edits or starts from: read, cut to the size of the picture, told apart by its contents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vislora.files import sha256
 
 @dataclass(frozen=True)
 class Source:
-    """An image to edit. `sha256`: of the file's bytes, when it was read."""
+    """An image to edit or to start from. `sha256`: of the file's bytes, when it was read."""
 
     path: str
     sha256: str
@@ -24,7 +24,7 @@ class Source:
     def of(cls, path: Path) -> Source:
         """Return the source at `path`. Raises `ConfigError` when there is none."""
         if not path.is_file():
-            raise ConfigError(f"source: {path} is no file; give the image to edit")
+            raise ConfigError(f"source: {path} is no file; give an image")
         return cls(str(path), sha256(path))
 
 

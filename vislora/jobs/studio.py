@@ -55,7 +55,7 @@ class Studio:
     """What is needed to make images and to say how they were made.
 
     `paths`, `hashes`, `triggers`: name of a loaded adapter -> its file, the hash that this had when it was loaded, and
-    the trigger phrase that it names. `stack`: the strengths that are set now. `source`: the image to edit.
+    the trigger phrase that it names. `stack`: the strengths that are set now. `source`: the image that it begins with.
     """
 
     family: Family

@@ -29,13 +29,17 @@ class Shot:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are made. `width`, `height`: pixels. `guidance_scale` 1 turns guidance off."""
+    """How images are made. `width`, `height`: pixels. `guidance_scale` 1 turns guidance off.
+
+    `change`: of an image that they start from, how much of the schedule is run on it, in (0, 1].
+    """
 
     steps: int
     guidance_scale: float
     width: int
     height: int
     scheduler: str = "auto"
+    change: float | None = None
 
 
 def make_images(
@@ -43,20 +47,17 @@ def make_images(
 ) -> Iterator[list[Image]]:
     """Yield the PIL images of each batch of `shots` in order. The family's own scheduler is put back afterwards.
 
-    `source`: the image to edit, for every shot; where the text encoder sees it too, `batch_size` must be 1.
-    Raises `ConfigError` for a base that makes no images from prompts alone, or has no use for a source.
+    `source`: the image to edit or to start from, for every shot; where the text encoder sees it too, `batch_size` must
+    be 1. Raises `ConfigError` as `require_source` does.
     """
-    require_source(family, source is not None)
-    if not family.card.from_text:
-        raise ConfigError(
-            f"a base of family '{family.card.name}' refines images and makes none from a prompt: train on it, and use "
-            "the adapter in its own pipeline; images come from the base that it refines"
-        )
+    require_source(family, source is not None, how)
     for start in range(0, len(shots), batch_size):
         batch = shots[start : start + batch_size]
-        asked = {**_sized(family, how, source), **_guided(family.card, [shot.negative_prompt for shot in batch], how)}
         with quiet(), torch.inference_mode(), _scheduler(family, how.scheduler):
-            made = family.pipeline(
+            pipeline = family.pipeline if how.change is None else from_images(family)
+            asked = {**_sized(family, pipeline, how), **_shown(how, source, len(batch))}
+            asked |= _guided(family.card, [shot.negative_prompt for shot in batch], how)
+            made = pipeline(
                 prompt=[shot.prompt for shot in batch],
                 generator=[torch.Generator("cpu").manual_seed(shot.seed) for shot in batch],
                 num_inference_steps=how.steps,
@@ -65,21 +66,57 @@ def make_images(
         yield made.images
 
 
-def require_source(family: Family, given: bool) -> None:
-    """Raise `ConfigError` for an image to edit that the base has no use for, or for none where it needs one."""
-    name, kind = family.card.name, family.traits.source
+def require_source(family: Family, given: bool, how: Sampling) -> None:
+    """Raise `ConfigError` for an image that the base has no use for, or for none where it needs one."""
+    kind, change = family.traits.source, how.change
+    if not given and (kind == "latents and text" or not family.card.from_text):
+        verb, samples = ("edits", "") if kind else ("refines", "; train without samples")
+        raise ConfigError(
+            f"this base {verb} images and makes none from a prompt alone: give one with --source{samples}"
+        )
+    if not given and change is not None:
+        raise ConfigError("change: there is no image to start from: give one with --source")
+    if kind and change is not None:
+        raise ConfigError("change: this base edits the image of --source, and the prompt says how: leave it out")
     if given and not kind:
-        raise ConfigError(f"a base of family '{name}' edits no images: leave --source out, or give a base that does")
-    if not given and kind == "latents and text":
-        raise ConfigError("this base edits images and makes none from a prompt alone: give one with --source")
+        from_images(family)
+        if how.steps * (change or 0.0) < 1.0:
+            raise ConfigError(f"change: {change or 0:g} of {how.steps} steps is not one: give more of either")
 
 
-def _sized(family: Family, how: Sampling, source: Image | None) -> dict[str, Any]:
-    """Return what every call is given: the size, the source, and the family's own as far as the pipeline has it."""
-    known = inspect.signature(type(family.pipeline).__call__).parameters
+def from_images(family: Family) -> Any:
+    """Return the pipeline of the same modules that starts from an image with noise on it, instead of noise alone.
+
+    Meng et al., SDEdit (arXiv 2108.01073). Raises `ConfigError` for a family that diffusers has none for.
+    """
+    from diffusers import AutoPipelineForImage2Image
+
+    if not family.card.from_text:
+        return family.pipeline
+    with quiet():
+        try:
+            made = AutoPipelineForImage2Image.from_pipe(family.pipeline)
+        except ValueError:
+            raise ConfigError(
+                f"a base of family '{family.card.name}' makes images from prompts alone: leave --source out"
+            ) from None
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def _sized(family: Family, pipeline: Any, how: Sampling) -> dict[str, Any]:
+    """Return what every call is given: the size, and the family's own, as far as the pipeline has it."""
+    known = inspect.signature(type(pipeline).__call__).parameters
     more = {**family.card.always, **family.traits.always, family.card.area: how.width * how.height}
-    own = {name: value for name, value in more.items() if name in known}
-    return {"width": how.width, "height": how.height, **own, **({} if source is None else {"image": source})}
+    more |= {"width": how.width, "height": how.height}
+    return {name: value for name, value in more.items() if name in known}
+
+
+def _shown(how: Sampling, source: Image | None, count: int) -> dict[str, Any]:
+    """Return how a call is given the image."""
+    if source is None:
+        return {}
+    return {"image": source} if how.change is None else {"image": [source] * count, "strength": how.change}
 
 
 def _guided(card: Card, negative: Sequence[str], how: Sampling) -> dict[str, Any]:
