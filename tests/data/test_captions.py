@@ -229,6 +229,18 @@ def test_tags_are_seen_in_other_orders_behind_those_that_keep_their_place():
     assert len(tag_orders("a, b, c", 100, keep=0, seed=0)) == 6
 
 
+def test_some_tags_are_left_out_of_other_orders():
+    caption = "sks, " + ", ".join("abcdefghij")
+    first, *others = tag_orders(caption, 100, keep=1, seed=1, dropout=0.3)
+    assert first == caption
+    assert all(order.split(", ")[0] == "sks" for order in others)
+    kept = [tag for order in others for tag in order.split(", ")[1:]]
+    assert len(kept) / (10 * len(others)) == pytest.approx(0.7, abs=0.05)
+    assert set(kept) == set("abcdefghij")
+    assert set(tag_orders("sks, a cat", 50, keep=1, seed=0, dropout=0.5)) == {"sks", "sks, a cat"}
+    assert set(tag_orders("a, b", 50, keep=0, seed=0, dropout=0.5)) == {"", "a", "b", "a, b", "b, a"}
+
+
 @pytest.mark.parametrize("caption", ["", "a cat", "sks, a cat", "sks, "])
 def test_one_tag_has_one_order(caption):
     assert tag_orders(caption, 8, keep=1, seed=0) == [caption]

@@ -454,3 +454,8 @@ def test_tags_take_other_places_at_other_visits(text_encoders, tmp_path, monkeyp
     learned = [caption for caption in seen if caption.startswith("sks")]
     assert {tuple(sorted(caption.split(", "))) for caption in learned} == {("bright", "red", "round", "sks")}
     assert 3 <= len(set(learned)) <= 6
+    seen.clear()
+    trained(tmp_path, "sd", output=tmp_path / "less", data__tag_orders=20, data__tag_dropout=0.5, **how)
+    assert len({len(caption.split(", ")) for caption in seen}) > 1
+    with pytest.raises(ConfigError, match=r"data\.tag_dropout: tags are left out of other orders"):
+        trained(tmp_path, "sd", output=tmp_path / "none", data__tag_dropout=0.5, **how)

@@ -92,8 +92,11 @@ class DataConfig(Section):
     tag_orders: Annotated[int, Field(ge=1, le=100)] = 1
     """In how many orders the comma-separated tags of a caption are seen; 1: as they are written."""
 
+    tag_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """The share of a caption's tags that is left out of each of these orders but the one that is written."""
+
     keep_tags: Annotated[int, Field(ge=0)] = 1
-    """How many tags at the start of a caption keep their place, as a trigger should."""
+    """How many tags at the start of a caption keep their place and are never left out, as a trigger should."""
 
     held_out: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """The share of the images that is never trained on: the loss on them tells which step was the best."""

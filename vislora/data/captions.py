@@ -92,18 +92,20 @@ def without_trigger(caption: str, replace: Mapping[str, Sequence[str]]) -> list[
     return [" ".join(text.split()) for text in found] or [""]
 
 
-def tag_orders(caption: str, count: int, keep: int, seed: int) -> list[str]:
+def tag_orders(caption: str, count: int, keep: int, seed: int, dropout: float = 0.0) -> list[str]:
     """Return up to `count` different captions: this one, and it with its comma-separated tags in other orders.
 
-    The first `keep` tags stay where they are. Which orders depends on the seed and the caption alone.
+    The first `keep` tags stay where they are; of the others a share, `dropout`, is left out of all but the first.
+    Which orders and tags depends on the seed and the caption alone.
     """
     tags = [tag for part in caption.split(",") if (tag := part.strip())]
     front, rest = tags[:keep], tags[keep:]
     orders = {caption: None}
     for number in range(1, count):
         shuffled = sorted(range(len(rest)), key=lambda place: draw(seed, number, "tag", caption, place))
-        orders[", ".join([*front, *(rest[place] for place in shuffled)])] = None
-    return list(orders) if len(rest) > 1 else [caption]
+        kept = [place for place in shuffled if draw(seed, number, "no tag", caption, place) >= dropout]
+        orders[", ".join([*front, *(rest[place] for place in kept)])] = None
+    return list(orders) if len(rest) > (dropout == 0.0) else [caption]
 
 
 def _from_metadata(listing: Listing, found: _Found, source: str) -> None:

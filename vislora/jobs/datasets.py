@@ -89,8 +89,7 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
     kept = prior_views(drawn, plan, family, _image_fingerprint(family))
     with vae_as(family, torch.float32):
         yield from cache_latents(cache, [*wanted, *(shown or []), kept], family.encode_image, batch_size=at_once)
-    captions = {example.caption for example in _in(learned, examples)}
-    orders = {caption: tag_orders(caption, data.tag_orders, data.keep_tags, config.seed) for caption in captions}
+    orders = _orders(plan, [example.caption for example in _in(learned, examples)])
     seen = shown if family.traits.source == "latents and text" else None
     keys = None
     if not config.adapter.text_encoders:
@@ -136,6 +135,17 @@ def _subsets(data: DataConfig) -> list[Subset]:
     given = [(each.pattern, each.repeats or rest.repeats, each.trigger) for each in data.subsets]
     own = [Subset(name, repeats, rest.trigger if word is None else word) for name, repeats, word in given]
     return [*own, rest]
+
+
+def _orders(plan: Plan, captions: Sequence[str]) -> dict[str, list[str]]:
+    """Return what is seen in the place of each caption. Raises `ConfigError` for tags left out of no order."""
+    data, seed = plan.config.data, plan.config.seed
+    if data.tag_dropout and data.tag_orders == 1:
+        raise ConfigError(
+            "data.tag_dropout: tags are left out of other orders than the written one: give data.tag_orders"
+        )
+    how = data.tag_orders, data.keep_tags, seed, data.tag_dropout
+    return {caption: tag_orders(caption, *how) for caption in dict.fromkeys(captions)}
 
 
 def _in(buckets: Buckets, examples: Sequence[Example]) -> list[Example]:
