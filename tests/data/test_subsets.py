@@ -54,6 +54,6 @@ def test_the_rest_may_be_nothing(folder):
 
 def test_notes_tell_the_share_of_each(folder):
     notes = scan(folder, subsets=[Subset("anna/*", 3), Subset("bob/*", 1), Subset("*", 1)]).notes
-    assert "'anna/*': 2 images, 3 times an epoch: 75% of it" in notes
-    assert "'bob/*': 1 images, once an epoch: 12% of it" in notes
+    assert "'anna/*': 2 image(s), 3 times an epoch: 75% of it" in notes
+    assert "'bob/*': 1 image(s), once an epoch: 12% of it" in notes
     assert not any("epoch" in line for line in scan(folder, subsets=[REST]).notes)

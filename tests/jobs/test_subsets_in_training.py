@@ -37,7 +37,7 @@ def test_images_are_seen_as_often_as_their_subsets_say(root, monkeypatch):
     monkeypatch.setattr(TrainingSet, "batch", counted)
     value, records = trained(root, **HOW)
     assert seen == {"sks, a red cat": 3, "sks, the house, ink": 3, "a red cat": 1, "ink, a red cat": 1}
-    assert "'anna/*': 2 images, 3 times an epoch: 75% of it" in notes(records)
+    assert "'anna/*': 2 image(s), 3 times an epoch: 75% of it" in notes(records)
     with safe_open(value.path, "pt") as file:
         metadata = file.metadata()
     assert metadata["modelspec.trigger_phrase"] == "ink, sks"

@@ -51,4 +51,4 @@ def subset_notes(subsets: Sequence[Subset], names: Sequence[str]) -> Iterator[st
         count = found.count(subset)
         times = "once" if subset.repeats == 1 else f"{subset.repeats} times"
         if count:
-            yield f"'{subset.pattern}': {count} images, {times} an epoch: {count * subset.repeats / shown:.0%} of it"
+            yield f"'{subset.pattern}': {count} image(s), {times} an epoch: {count * subset.repeats / shown:.0%} of it"
