@@ -115,7 +115,10 @@ def test_the_size_that_the_text_encoder_sees_is_the_pipelines(area, ratio):
 
 def test_a_source_that_is_of_no_use_or_missing_is_told():
     how = Sampling(1, 1.0, 16, 16)
+    with pytest.raises(ConfigError, match="change: 0 of 1 steps is not one"):
+        next(make_images(loaded("sd3"), [Shot("a", "", 0)], how, source=picture(0)[0]))
+    how = Sampling(1, 1.0, 16, 16, change=1.0)
     with pytest.raises(ConfigError, match="'sana' makes images from prompts alone: leave --source out"):
         next(make_images(loaded("sana"), [Shot("a", "", 0)], how, source=picture(0)[0]))
     with pytest.raises(ConfigError, match="makes none from a prompt alone: give one with --source"):
-        next(make_images(loaded("qwen-image-edit"), [Shot("a", "", 0)], how))
+        next(make_images(loaded("qwen-image-edit"), [Shot("a", "", 0)], Sampling(1, 1.0, 16, 16)))

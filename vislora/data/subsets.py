@@ -32,13 +32,10 @@ def require_images(subsets: Sequence[Subset], names: Sequence[str]) -> None:
     folders = {name.rpartition("/")[0] for name in names}
     known = [*(f"{folder}/*" for folder in sorted(folders) if folder), *names]
     lines = []
-    for subset in subsets[:-1]:
-        if any(matches(subset.pattern, name) for name in names):
-            reason = "its images belong to a pattern before it"
-        else:
-            reason = f"matches no image{nearest(subset.pattern, known)}"
-        if subset not in taken:
-            lines.append(f"'{subset.pattern}': {reason}")
+    for pattern in (subset.pattern for subset in subsets[:-1] if subset not in taken):
+        fits = any(matches(pattern, name) for name in names)
+        reason = "its images belong to a pattern before it" if fits else f"matches no image{nearest(pattern, known)}"
+        lines.append(f"'{pattern}': {reason}")
     if lines:
         raise DataError(listed("patterns of data.subsets without images:", lines))
 

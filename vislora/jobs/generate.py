@@ -22,7 +22,7 @@ from vislora.jobs.stacks import label_once
 from vislora.jobs.strengths import declared
 from vislora.jobs.studio import Job, Picture, Studio, batches, free_numbers, make, open_studio, save_numbered
 from vislora.models.base import Family
-from vislora.models.sampling import Sampling, Shot, cut_off, picture_step, require_source
+from vislora.models.sampling import Sampling, Shot, cut_off, picture_step, pipeline_for
 from vislora.models.schedulers import scheduler_for
 from vislora.records import Done, Note, Progress, Record, result
 from vislora.registry import COMPOSITIONS
@@ -50,7 +50,7 @@ def run(config: GenerateConfig) -> Iterator[Record]:
     studio = open_studio(config.base, config.device, config.precision, config.base_parts, config.quantize)
     studio.source = source
     how = sampling(studio.family, config)
-    require_source(studio.family, config.source is not None, how)
+    pipeline_for(studio.family, config.source is not None, how)
     for label, path in paths.items():
         yield from studio.load(label, path, config.allow_partial, config.allow_pickle)
     studio.set_composition(config.compose)

@@ -48,13 +48,13 @@ def make_images(
     """Yield the PIL images of each batch of `shots` in order. The family's own scheduler is put back afterwards.
 
     `source`: the image to edit or to start from, for every shot; where the text encoder sees it too, `batch_size` must
-    be 1. Raises `ConfigError` as `require_source` does.
+    be 1. Raises `ConfigError` as `pipeline_for` does.
     """
-    require_source(family, source is not None, how)
+    pipeline = pipeline_for(family, source is not None, how)
     for start in range(0, len(shots), batch_size):
         batch = shots[start : start + batch_size]
         with quiet(), torch.inference_mode(), _scheduler(family, how.scheduler):
-            pipeline = family.pipeline if how.change is None else from_images(family)
+            pipeline.scheduler = family.pipeline.scheduler
             asked = {**_sized(family, pipeline, how), **_shown(how, source, len(batch))}
             asked |= _guided(family.card, [shot.negative_prompt for shot in batch], how)
             made = pipeline(
@@ -66,8 +66,11 @@ def make_images(
         yield made.images
 
 
-def require_source(family: Family, given: bool, how: Sampling) -> None:
-    """Raise `ConfigError` for an image that the base has no use for, or for none where it needs one."""
+def pipeline_for(family: Family, given: bool, how: Sampling) -> Any:
+    """Return the pipeline that makes images, from one that is `given` or from none.
+
+    Raises `ConfigError` for an image that the base has no use for, or for none where it needs one.
+    """
     kind, change = family.traits.source, how.change
     if not given and (kind == "latents and text" or not family.card.from_text):
         verb, samples = ("edits", "") if kind else ("refines", "; train without samples")
@@ -78,13 +81,14 @@ def require_source(family: Family, given: bool, how: Sampling) -> None:
         raise ConfigError("change: there is no image to start from: give one with --source")
     if kind and change is not None:
         raise ConfigError("change: this base edits the image of --source, and the prompt says how: leave it out")
-    if given and not kind:
-        from_images(family)
-        if how.steps * (change or 0.0) < 1.0:
-            raise ConfigError(f"change: {change or 0:g} of {how.steps} steps is not one: give more of either")
+    if kind or not given:
+        return family.pipeline
+    if how.steps * (change or 0.0) < 1.0:
+        raise ConfigError(f"change: {change or 0:g} of {how.steps} steps is not one: give more of either")
+    return _from_images(family)
 
 
-def from_images(family: Family) -> Any:
+def _from_images(family: Family) -> Any:
     """Return the pipeline of the same modules that starts from an image with noise on it, instead of noise alone.
 
     Meng et al., SDEdit (arXiv 2108.01073). Raises `ConfigError` for a family that diffusers has none for.
