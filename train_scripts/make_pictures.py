@@ -3,12 +3,14 @@
     python train_scripts/make_pictures.py [--only NAME]
 
 sheet.png: base, two styles, both. composition.png: two styles, and a style on a character, under every composition.
-change.png: a style put on pictures.
+change.png: a style put on pictures. slider.png: prompts at many strengths of the slider in runs/slider, which is
+trained first where there is none.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -120,7 +122,25 @@ def change() -> Image.Image:
     return contact_sheet(list(rows.values()), list(rows), subjects, cell=96)
 
 
-PICTURES: dict[str, Callable[[], Image.Image]] = {"sheet": sheet, "composition": composition, "change": change}
+def slider() -> Image.Image:
+    """Return prompts at strengths of the sample slider, one prompt a row."""
+    path = ROOT / "runs" / "slider" / "slider.safetensors"
+    if not path.exists():
+        command = [sys.executable, "-m", "vislora", "train", "--config", "samples/slider.toml"]
+        subprocess.run(command, cwd=ROOT, check=True)
+    prompts = ("a fox, flat style", "a crown, 3d style", "a guitar, noto style", "an owl, flat style")
+    strengths = (-4, -2, -1, 0, 0.5, 1, 2)
+    columns = [row(prompts, {str(path): strength}) for strength in strengths]
+    rows = [list(images) for images in zip(*columns, strict=True)]
+    return contact_sheet(rows, prompts, [f"{strength:g}" for strength in strengths], cell=96)
+
+
+PICTURES: dict[str, Callable[[], Image.Image]] = {
+    "sheet": sheet,
+    "composition": composition,
+    "change": change,
+    "slider": slider,
+}
 
 
 def main() -> int:

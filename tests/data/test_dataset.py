@@ -144,6 +144,6 @@ def test_config():
     with pytest.raises(ConfigError) as caught:
         DataConfig.of({"background": "pink", "resolution": 100, "repeats": 0, "caption_dropout": 2, "crops": "top"})
     message = str(caught.value)
-    for field in ("folder", "background", "resolution", "repeats", "caption_dropout", "crops"):
+    for field in ("background", "resolution", "repeats", "caption_dropout", "crops"):
         assert f"{field}: " in message
     assert all(field.description for field in DataConfig.model_fields.values())

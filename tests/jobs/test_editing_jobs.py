@@ -71,6 +71,16 @@ def test_what_the_text_encoder_sees_is_cached_by_caption_and_source(root, seeing
     assert counts[-1].total == 2 * 4  # each caption and the empty one, with each of four sources
 
 
+def test_a_slider_of_a_base_that_edits_has_both_ends_with_each_source(root, seeing, monkeypatch):
+    batches = watched(monkeypatch)
+    slider = {"more": "{caption}, blue"}
+    value, records = trained(root, "qwen-image-edit", data__sources=root / "sources", slider=slider)
+    assert value.finished
+    assert all(text.endswith("blue") for batch in batches for text in batch["more_captions"])
+    counts = [record for record in records if getattr(record, "task", "") == "caching captions"]
+    assert counts[-1].total == 2 * 2 * 4  # each caption and the empty one, both as they are and blue, with each source
+
+
 def test_the_source_decides_what_is_learnt(root, monkeypatch):
     """The gradients of one step are others with other sources."""
     found = {}

@@ -152,7 +152,7 @@ def test_pictures_are_drawn_once(tmp_path, monkeypatch):
         drawn.append(len(shots))
         return make_images(family, shots, *how)
 
-    monkeypatch.setattr("vislora.jobs.priors.make_images", counted)
+    monkeypatch.setattr("vislora.jobs.drawing.make_images", counted)
 
     def pictures(name, *captions, **settings):
         (tmp_path / name).mkdir()

@@ -93,7 +93,7 @@ def _problems(cls: type[Section], error: ValidationError, partial: bool = False)
         loc = item["loc"]
         if partial and (item["type"] == "missing" or _is_rule_of_section(item)):
             continue
-        path = ".".join(str(part) for part in loc) or "(all)"
+        path = ".".join(str(part) for part in loc)
         if item["type"] == "missing":
             yield from (f"{name}: required, but not given" for name in _required(path, _section_at(cls, loc)))
         elif item["type"] == "extra_forbidden":
@@ -105,7 +105,7 @@ def _problems(cls: type[Section], error: ValidationError, partial: bool = False)
             shown = f" (got {got!r})" if isinstance(got, (str, int, float, bool)) and loc else ""
             if item["type"] == "literal_error" and isinstance(got, str):
                 shown += nearest(got, re.findall("'([^']+)'", message))
-            yield f"{path}: {message}{shown}"
+            yield f"{path}: {message}{shown}" if loc else message
 
 
 def _required(path: str, section: type[Section] | None) -> list[str]:

@@ -35,8 +35,8 @@ class SubsetConfig(Section):
 class DataConfig(Section):
     """The training images: where they lie, where their captions come from, and how they are cut."""
 
-    folder: Path
-    """The folder of training images; subfolders are included."""
+    folder: Path | None = None
+    """The folder of training images; subfolders are included. Required but for a slider of `slider.captions`."""
 
     sources: Path | None = None
     """Folder of source images, each named as its training image is: pairs for a base that edits images."""

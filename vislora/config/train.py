@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vislora.config.base import Section
 from vislora.config.data import DataConfig
@@ -127,6 +127,39 @@ class PriorConfig(Section):
     """Pictures that the base draws of those captions at the start, to compare on; 0: the folder's own images."""
 
 
+class SliderConfig(Section):
+    """A slider: an adapter from one wording to another, learned from what the base predicts for both."""
+
+    more: str = ""
+    """What a caption is at strength 1: `{caption}, smiling`. Empty: an adapter is learned from images, as usual."""
+    less: str = "{caption}"
+    """What a caption is at strength -1. Default: the caption, so that strength 0 and -1 differ from it alone."""
+    reach: float = Field(1.0, gt=0, le=100)
+    """How far strength 1 leads: so many times the difference of the predictions for both ends."""
+    captions: tuple[str, ...] = ()
+    """Without `data.folder`: captions of pictures that the base draws first, to learn on."""
+    pictures: int = Field(32, ge=1)
+    """How many of them the base draws."""
+
+    @property
+    def ends(self) -> dict[str, str]:
+        """What captions are at either end; nothing where no slider is trained."""
+        return {"more": self.more, "less": self.less} if self.more else {}
+
+    @model_validator(mode="after")
+    def _leads_somewhere(self) -> Self:
+        if not self.more:
+            if self.captions or self.less != "{caption}":
+                raise ValueError("more is required, but not given: what a caption is at strength 1")
+            return self
+        lacking = [name for name in ("more", "less") if "{caption}" not in getattr(self, name)]
+        if lacking:
+            raise ValueError(f"{lacking[0]} must have {{caption}} where the caption is to stand")
+        if self.more == self.less:
+            raise ValueError("more and less are the same: nothing lies between them")
+        return self
+
+
 class SampleConfig(Section):
     """Images made while training, with the adapter as it is by then."""
 
@@ -165,7 +198,7 @@ class TrainConfig(Section):
     """Where to train."""
     quantize: Literal["no", "int8", "nf4"] = "no"
     """Bits of the base's large weights, for a half or a quarter of their memory (extra `quantize`)."""
-    data: DataConfig
+    data: DataConfig = Field(default_factory=DataConfig)
     """Images and captions."""
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
     """What is trained."""
@@ -175,5 +208,23 @@ class TrainConfig(Section):
     """The training loop."""
     prior: PriorConfig = Field(default_factory=PriorConfig)
     """Prior preservation."""
+    slider: SliderConfig = Field(default_factory=SliderConfig)
+    """A slider."""
     sample: SampleConfig = Field(default_factory=SampleConfig)
     """Samples while training."""
+
+    @model_validator(mode="after")
+    def _has_pictures(self) -> Self:
+        data, slider = self.data, self.slider
+        if slider.more and (self.prior.replace or self.prior.captions):
+            raise ValueError("prior: a slider learns from the base's own predictions; leave prior out")
+        if data.folder is not None:
+            if slider.captions:
+                raise ValueError("slider.captions: are drawn where there is no data.folder; leave one of them out")
+            return self
+        if not slider.captions:
+            raise ValueError("data.folder: required, but not given")
+        given = [name for name in ("sources", "masks", "subsets", "trigger") if getattr(data, name)]
+        if given:
+            raise ValueError(f"data.{given[0]}: is for the images of data.folder, and none is given")
+        return self

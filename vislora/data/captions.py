@@ -92,6 +92,11 @@ def without_trigger(caption: str, replace: Mapping[str, Sequence[str]]) -> list[
     return [" ".join(text.split()) for text in found] or [""]
 
 
+def at_end(caption: str, end: str) -> str:
+    """Return what `caption` is at an end of a slider: `end` with the caption in the place of `{caption}`."""
+    return " ".join(end.replace("{caption}", caption).split()).strip(", ")
+
+
 def tag_orders(caption: str, count: int, keep: int, seed: int, dropout: float = 0.0) -> list[str]:
     """Return up to `count` different captions: this one, and it with its comma-separated tags in other orders.
 

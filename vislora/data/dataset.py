@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from vislora.data.buckets import Bucket
 from vislora.data.cache import Cache, Tensors
+from vislora.data.captions import at_end
 from vislora.data.draws import draw
 from vislora.data.encode import View
 from vislora.data.sampler import Batch, Sampler
@@ -31,6 +32,7 @@ class TrainingSet(Dataset):
     is kept, with captions of their own; empty: the examples themselves. `sources`: for each example the views of its
     source image, as many as its own, or None. `seen`: the text encoder sees them too, so that `text_keys` has
     `text_name(caption, view of the source)`. `masks`: in the same way those of its mask, with None where it has none.
+    `ends`: end of a slider, `more` or `less` -> what a caption is there.
     """
 
     cache: Cache
@@ -44,6 +46,7 @@ class TrainingSet(Dataset):
     sources: Sequence[Sequence[View]] | None = None
     seen: bool = False
     masks: Sequence[Sequence[View | None]] | None = None
+    ends: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.views)
@@ -51,7 +54,8 @@ class TrainingSet(Dataset):
     def __getitem__(self, place: tuple[int, int, Bucket]) -> dict[str, Any]:
         """Return the example at (index, visit) as it is in a bucket: `latents`, `caption`, `text`, the sizes.
 
-        With priors, one's as well; with sources, the latents of its own as `source`; with masks, `mask`.
+        With priors, one's as well; with sources, the latents of its own as `source`; with masks, `mask`; with ends, the
+        caption and text at each.
         """
         index, visit, bucket = place
         fitting = [number for number, view in enumerate(self.views[index]) if view.bucket == bucket]
@@ -63,6 +67,9 @@ class TrainingSet(Dataset):
             found["source"] = self._image(source)["latents"]
         if self.masks is not None:
             found["mask"] = self._mask(self.masks[index][chosen], found["latents"])
+        for name, end in self.ends.items():
+            there = at_end(caption, end)
+            found |= {f"{name}_caption": there, f"{name}_text": self._text(there, source)}
         if self.priors is not None:
             found |= self._prior(self.priors[view.example.caption], source, draw(self.seed, visit, "prior", index))
         return found
@@ -140,16 +147,16 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns `latents` (batch, channels, height, width); `original_size`, `crop_top_left` and `target_size`, each
     (batch, 2) as (height, width) or (top, left); `captions`, a list of strings; `text`, features by name with a batch
     dimension in front, or a list of them where they have different lengths, or None; with priors, `prior_captions` and
-    `prior_text` too, and where they have images of their own `prior_latents`, their sizes and `prior_number`; with
-    sources, `source` (batch, channels, height, width); with masks, `mask` (batch, 1, height, width). Raises `DataError`
-    when shapes differ.
+    `prior_text` too, and where they have images of their own `prior_latents`, their sizes and `prior_number`; so
+    `more_` and `less_` with the ends of a slider; with sources, `source` (batch, channels, height, width); with masks,
+    `mask` (batch, 1, height, width). Raises `DataError` when shapes differ.
     """
     plain = [name for name, value in items[0].items() if isinstance(value, Tensor)]
     result: dict[str, Any] = {name: _stacked(name, [item[name] for item in items]) for name in plain}
-    for caption, captions, text in (("caption", "captions", "text"), ("prior_caption", "prior_captions", "prior_text")):
-        if caption in items[0]:
-            result[captions] = [item[caption] for item in items]
-            result[text] = _features([item[text] for item in items])
+    for of in ("", "prior_", "more_", "less_"):
+        if f"{of}caption" in items[0]:
+            result[f"{of}captions"] = [item[f"{of}caption"] for item in items]
+            result[f"{of}text"] = _features([item[f"{of}text"] for item in items])
     return result
 
 

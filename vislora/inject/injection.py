@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,11 +58,15 @@ class AdapterSet(nn.Module):
             layer.training = mode
         return super().train(mode)
 
-    @contextmanager
-    def resting(self) -> Iterator[None]:
+    def resting(self) -> AbstractContextManager[None]:
         """Have the adapter do nothing for a while: the base alone computes."""
+        return self.at(0.0)
+
+    @contextmanager
+    def at(self, strength: float) -> Iterator[None]:
+        """Have the adapter act with this strength for a while."""
         for layer in self._layers.values():
-            layer.strengths = (0.0,)
+            layer.strengths = (strength,)
         try:
             yield
         finally:

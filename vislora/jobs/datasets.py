@@ -14,7 +14,7 @@ import torch
 from vislora.config.data import DataConfig
 from vislora.data.buckets import Bucket, assign, bucket_notes, bucket_summary, size_notes
 from vislora.data.cache import Cache, weights_fingerprint
-from vislora.data.captions import tag_orders
+from vislora.data.captions import at_end, tag_orders
 from vislora.data.dataset import TrainingSet, text_name
 from vislora.data.encode import View, cache_latents, cache_texts, views
 from vislora.data.masks import find_masks, mask_views, require_some, shrunk
@@ -23,6 +23,7 @@ from vislora.data.sampler import Batch, Sampler, batches
 from vislora.data.scan import Example, ScanResult, scan
 from vislora.data.subsets import Subset
 from vislora.errors import ConfigError
+from vislora.jobs.drawing import draw_pictures
 from vislora.jobs.held_out import Buckets, HeldOut, split
 from vislora.jobs.plan import Plan, images_at_once
 from vislora.jobs.priors import draw_priors, prior_captions, prior_views
@@ -68,11 +69,11 @@ class Prepared:
 def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Record, None, Prepared]:
     """Scan the folder, sort into buckets, encode what the cache does not have. Raises `DataError`."""
     config, data = plan.config, plan.config.data
-    found, buckets = yield from _scanned(plan, family)
+    cache = Cache(data.cache or folder.root / "cache")
+    found, buckets = yield from _scanned(plan, family, folder, cache)
     examples = found.examples
     learned, held = split(examples, buckets, data.held_out, config.seed)
     sources = yield from _sources(plan, family, found)
-    cache = Cache(data.cache or folder.root / "cache")
     wanted = views(
         examples,
         buckets,
@@ -93,8 +94,10 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
     seen = shown if family.traits.source == "latents and text" else None
     keys = None
     if not config.adapter.text_encoders:
-        keys = yield from _cache_texts(cache, family, _texts(wanted, seen, orders, priors))
+        texts = _texts(wanted, seen, orders, priors, config.slider.ends)
+        keys = yield from _cache_texts(cache, family, texts)
     beside: dict[str, Any] = {"sources": shown, "seen": seen is not None, "masks": learned_parts}
+    beside["ends"] = config.slider.ends
     make = partial(TrainingSet, cache, wanted, keys, seed=config.seed, **beside)
     dataset = make(caption_dropout=data.caption_dropout, orders=orders, priors=priors, prior_views=kept)
     repeats = {index: examples[index].repeats for indices in learned.values() for index in indices}
@@ -105,17 +108,23 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
     return Prepared(_in(learned, examples), _in(learned, sources), masks, learned, dataset, sampler, held_out)
 
 
-def _scanned(plan: Plan, family: Family) -> Generator[Note, None, tuple[ScanResult, dict[Bucket, list[int]]]]:
-    """Return what is in the folder, and its buckets; say what is odd about either."""
-    data = plan.config.data
-    found = scan(
-        data.folder,
-        captions=data.captions,
-        subsets=_subsets(data),
-        allow_missing_captions=data.allow_missing_captions,
-        skip_bad=data.skip_bad,
-        recursive=data.recursive,
-    )
+def _scanned(
+    plan: Plan, family: Family, folder: RunFolder, cache: Cache
+) -> Generator[Record, None, tuple[ScanResult, dict[Bucket, list[int]]]]:
+    """Return what is in the folder of images, or else what the base draws, and its buckets; say what is odd."""
+    data, slider = plan.config.data, plan.config.slider
+    if data.folder is None:
+        drawing = draw_pictures(plan, family, folder.pictures, cache, slider.captions, slider.pictures)
+        found = ScanResult((yield from drawing))
+    else:
+        found = scan(
+            data.folder,
+            captions=data.captions,
+            subsets=_subsets(data),
+            allow_missing_captions=data.allow_missing_captions,
+            skip_bad=data.skip_bad,
+            recursive=data.recursive,
+        )
     for path, reason in found.skipped:
         yield Note(f"skipped {path}: {reason}", "warning")
     step = family.traits.size_step
@@ -125,7 +134,8 @@ def _scanned(plan: Plan, family: Family) -> Generator[Note, None, tuple[ScanResu
     notes += size_notes(found.examples, buckets, len({plan.resolution, *data.more_resolutions}))
     for line in notes:
         yield Note(line)
-    yield from _told(family, found.examples)
+    captions = [example.caption for example in found.examples]
+    yield from _told(family, [*captions, *(at_end(each, end) for end in slider.ends.values() for each in captions)])
     return found, buckets
 
 
@@ -173,6 +183,7 @@ def _sources(plan: Plan, family: Family, found: ScanResult) -> Generator[Record,
         )
     if kind == "latents and text" and plan.config.adapter.text_encoders:
         raise ConfigError("adapter.text_encoders: that of this base sees the images too, and is not trained")
+    assert data.folder is not None  # the settings have seen to it
     left_out = [path for path, _ in found.skipped]
     return find_sources(found.examples, data.folder, data.sources, recursive=data.recursive, left_out=left_out)
 
@@ -187,6 +198,7 @@ def _masks(
     data = plan.config.data
     if data.masks is None:
         return [], None
+    assert data.folder is not None  # the settings have seen to it
     left_out = [path for path, _ in found.skipped]
     masks = find_masks(found.examples, data.folder, data.masks, recursive=data.recursive, left_out=left_out)
     shown = mask_views(wanted, masks)
@@ -205,13 +217,16 @@ def _texts(
     sources: Sequence[Sequence[View]] | None,
     orders: Mapping[str, Sequence[str]],
     priors: Mapping[str, Sequence[str]] | None,
+    ends: Mapping[str, str],
 ) -> Texts:
-    """Return, by their names, all texts that training reads: captions, the empty one, priors; with what is seen."""
+    """Return, by their names, all texts that training reads, those of priors and ends too; with what is seen."""
     texts: Texts = {}
     for index, its_views in enumerate(wanted):
         caption = its_views[0].example.caption
+        here = ["", caption, *orders.get(caption, ())]
+        there = [at_end(text, end) for end in ends.values() for text in here]
         for source in [None] if sources is None else sources[index]:
-            for text in ("", caption, *orders.get(caption, ()), *(priors or {}).get(caption, ())):
+            for text in (*here, *there, *(priors or {}).get(caption, ())):
                 texts[text_name(text, source)] = text, source
     return texts
 
@@ -232,9 +247,9 @@ def _cache_texts(cache: Cache, family: Family, texts: Texts) -> Generator[Record
     return (yield from cache_texts(cache, texts, encode, fingerprint=fingerprint, batch_size=size))
 
 
-def _told(family: Family, examples: Sequence[Example]) -> Iterator[Note]:
+def _told(family: Family, captions: Sequence[str]) -> Iterator[Note]:
     """Say how many captions the base reads only in part."""
-    ends = cut_off(family, [example.caption for example in examples])
+    ends = cut_off(family, captions)
     if ends:
         text = f"{len(ends)} captions are too long for this base; the end of the first, not read: '{ends[0]}'"
         yield Note(text, "warning")

@@ -1,30 +1,24 @@
-"""What prior preservation compares on: captions without the trigger, and pictures that the base draws of them."""
+"""What prior preservation compares on: captions without the trigger, and pictures of them."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
 
 from vislora.config.train import PriorConfig
 from vislora.data.buckets import assign
-from vislora.data.cache import Cache, key_of
+from vislora.data.cache import Cache
 from vislora.data.captions import without_trigger
 from vislora.data.dataset import TrainingSet, collate
 from vislora.data.encode import View, views
 from vislora.data.scan import Example
 from vislora.errors import ConfigError
-from vislora.files import replacing
-from vislora.jobs.plan import Plan, images_at_once
-from vislora.jobs.recipes import base_hash, threads, versions
+from vislora.jobs.drawing import draw_pictures
+from vislora.jobs.plan import Plan
 from vislora.jobs.run_folder import RunFolder
 from vislora.models.base import Family
-from vislora.models.sampling import Shot, make_images, own_sampling
 from vislora.records import Progress
 from vislora.training.loss import DenoisingLoss
 
@@ -50,9 +44,8 @@ def prior_captions(captions: Sequence[str], prior: PriorConfig) -> dict[str, lis
 def draw_priors(
     plan: Plan, family: Family, folder: RunFolder, cache: Cache, priors: Mapping[str, Sequence[str]] | None
 ) -> Generator[Progress, None, list[Example]]:
-    """Have the base draw `prior.images` pictures into the run folder, of the captions in turn; return them.
+    """Have the base draw `prior.images` pictures of the captions; see `draw_pictures`.
 
-    Each is noise of its own seed. What `cache` has is not drawn again.
     Raises `ConfigError` where there is no caption to draw, or a base that cannot.
     """
     count = plan.config.prior.images
@@ -64,40 +57,8 @@ def draw_priors(
         )
     if plan.config.data.sources is not None:
         raise ConfigError("prior.images: what is drawn has no source image; leave it 0 where data.sources is given")
-    texts = list(dict.fromkeys(text for others in priors.values() for text in others))
-    stride = max(1, len(texts) // count)
-    shots = [Shot(texts[number * stride % len(texts)], "", number) for number in range(count)]
-    drawn: list[Example] = []
-    yield Progress("drawing priors", 0, count)
-    folder.priors.mkdir(parents=True, exist_ok=True)
-    for left in sorted(folder.priors.glob("*.png"))[count:]:  # of an earlier run of more
-        left.unlink(missing_ok=True)
-    for images in _pictures(plan, family, shots, cache):
-        for image in images:
-            shot, path = shots[len(drawn)], folder.priors / f"{len(drawn):04d}.png"
-            with replacing(path) as temporary:
-                image.save(temporary, format="PNG")
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            drawn.append(Example(path, shot.prompt, *image.size, digest))
-        yield Progress("drawing priors", len(drawn), count)
-    return drawn
-
-
-def _pictures(plan: Plan, family: Family, shots: Sequence[Shot], cache: Cache) -> Iterator[list[Image.Image]]:
-    """Yield the pictures of `shots` batch by batch; each batch is kept under all that its pixels depend on."""
-    config, size = plan.config, images_at_once(plan.resolution)
-    how = own_sampling(family, plan.resolution)
-    base = [base_hash(config.base, config.base_parts), config.quantize, config.loop.mixed_precision]
-    made_by = [*base, str(family.pipeline.device), threads(), versions(), asdict(how)]
-    for start in range(0, len(shots), size):
-        batch = shots[start : start + size]
-        key = key_of("priors", made_by, [asdict(shot) for shot in batch])
-        kept = cache.get(key)
-        if kept is None:
-            made = next(make_images(family, batch, how, size))
-            kept = {"pixels": torch.stack([torch.tensor(np.asarray(image)) for image in made])}
-            cache.put(key, kept)
-        yield [Image.fromarray(pixels.numpy()) for pixels in kept["pixels"]]
+    captions = [text for others in priors.values() for text in others]
+    return (yield from draw_pictures(plan, family, folder.priors, cache, captions, count))
 
 
 def ask_base(plan: Plan, dataset: TrainingSet, module: DenoisingLoss, accelerator: Accelerator) -> Iterator[Progress]:

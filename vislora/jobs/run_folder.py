@@ -45,6 +45,11 @@ class RunFolder:
         return self.root / "priors"
 
     @property
+    def pictures(self) -> Path:
+        """Folder of the pictures that the base drew for a slider to learn on."""
+        return self.root / "pictures"
+
+    @property
     def log(self) -> Path:
         """One JSON line per step, and per measurement on the held-out images."""
         return self.root / "log.jsonl"
@@ -111,7 +116,7 @@ def require_same(config: TrainConfig, folder: RunFolder, state: dict[str, Any]) 
 
     One that there was not yet at the time had its default.
     """
-    defaults = settings_of(TrainConfig(data=DataConfig(folder=config.data.folder)))
+    defaults = settings_of(TrainConfig(data=DataConfig(folder=Path())))
     _refuse(folder.checkpoints, "settings", _differences({**defaults, **state["settings"]}, settings_of(config)))
 
 

@@ -103,9 +103,9 @@ def _groups(plan: Plan, adapters: Mapping[str, AdapterSet]) -> Iterator[Paramete
 
 def loss_options(config: TrainConfig) -> LossOptions:
     """Return how the settings want the loss."""
-    loop, prior = config.loop, config.prior
+    loop, prior, reach = config.loop, config.prior, config.slider.reach
     timesteps = Timesteps(loop.timesteps, loop.timestep_shift)
-    return LossOptions(loop.min_snr_gamma, loop.noise_offset, prior.weight, prior.share, timesteps)
+    return LossOptions(loop.min_snr_gamma, loop.noise_offset, prior.weight, prior.share, timesteps, reach)
 
 
 def state_of(job: Run) -> dict[str, Any]:
@@ -138,7 +138,8 @@ def _contents(job: Run) -> dict[str, str]:
     """Return name -> hash of all that a step reads beside the settings."""
     data = job.config.data
     examples = [*job.data.examples, *job.data.held_out.examples]
-    images = {_within(example.path, data.folder): dataset_hash([example]) for example in examples}
+    folder = data.folder or job.folder.pictures
+    images = {_within(example.path, folder): dataset_hash([example]) for example in examples}
     sources = [*job.data.sources, *job.data.held_out.sources]
     beside = {f"source {_within(source.path, data.sources)}": source.sha256 for source in sources}
     beside |= {f"mask {_within(mask.path, data.masks)}": mask.sha256 for mask in job.data.masks}

@@ -202,7 +202,7 @@ def _preview(job: Run) -> Iterator[Note]:
         captions = [example.caption for example in job.data.examples[:4]]
         sources = [source.path for source in job.data.sources[:4]]
         with job.resting.at_work(), job.as_given():
-            preview(job.family, job.module, job.plan, captions, sources, path)
+            preview(job.family, job.adapters.values(), job.plan, captions, sources, path)
         yield Note(f"samples: {path}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ class LossOptions:
 
     timesteps: which are drawn how often, for the images and for the priors.
     prior_weight, prior_share: of the difference to the base's prediction, where a batch has priors.
+    reach: of a slider, where a batch has its ends.
     """
 
     min_snr_gamma: float | None = None
@@ -28,6 +30,7 @@ class LossOptions:
     prior_weight: float = 1.0
     prior_share: float = 0.5
     timesteps: Timesteps = AS_TRAINED
+    reach: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,9 @@ class DenoisingLoss(nn.Module):
     preservation (Ruiz et al., arXiv 2208.12242, equation 2) by the frozen model's prediction, on the images
     of the batch or on those that the base drew. On its own the base can be asked beforehand, once (`ask_base`).
 
+    With the ends of a slider, what is to be predicted is not in the images: it is the base's prediction, moved by the
+    difference of its predictions for both ends (Concept Sliders, Gandikota et al., arXiv 2311.12092, section 4.1).
+
     The frozen base is no child of this module, so that neither DDP nor a checkpoint ever sees its weights.
     """
 
@@ -101,7 +107,7 @@ class DenoisingLoss(nn.Module):
     def forward(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
         """Return the loss of `batch`, as `data.dataset.collate` makes it.
 
-        It has `latents`, `text` or `captions`, and where there are some the sizes, `source`, `mask` and priors.
+        It has `latents`, `text` or `captions`, and where there are some the sizes, `source`, `mask`, priors, ends.
 
         Every random draw comes from `generator` (on the CPU), so a step is the same wherever it runs.
         """
@@ -117,10 +123,19 @@ class DenoisingLoss(nn.Module):
         return self._error(predicted, asked) + self._options.prior_weight * self._error(kept, prior)
 
     def _asked(self, batch: Mapping[str, Any], noisy: Tensor, t: Tensor, target: Tensor) -> Asked:
+        if "more_captions" in batch:
+            target = self._moved(batch, noisy, t)
         return Asked(noisy, t, self._conditioning(batch, t.device), target, batch.get("mask"))
 
-    def _conditioning(self, batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-        return {**self._text(batch["text"], batch.get("captions", ()), device), **self._beside(batch, "")}
+    def _moved(self, batch: Mapping[str, Any], noisy: Tensor, t: Tensor) -> Tensor:
+        """Return what strength 1 of a slider is to predict."""
+        texts = [partial(self._conditioning, batch, t.device, of) for of in ("", "more_", "less_")]
+        here, more, less = (self._by_base(noisy, t, text) for text in texts)
+        return here + self._options.reach * (more - less)
+
+    def _conditioning(self, batch: Mapping[str, Any], device: torch.device, of: str = "") -> dict[str, Any]:
+        text = self._text(batch[f"{of}text"], batch.get(f"{of}captions", ()), device)
+        return {**text, **self._beside(batch, "")}
 
     def _predict(self, noisy: Tensor, t: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
         return self._family[0].predict(noisy, t, conditioning).float()
