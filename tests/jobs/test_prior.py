@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import vislora
 from tests import tiny
-from tests.jobs.train_helpers import config, image_folder, trained
+from tests.jobs.train_helpers import config, image_folder, notes, trained
 from vislora.config.train import PriorConfig
 from vislora.data.captions import without_trigger
-from vislora.errors import ConfigError
+from vislora.errors import ConfigError, VisloraError
 from vislora.inject.injection import FreshOptions, eject, inject_fresh
 from vislora.inject.targets import Target, select
 from vislora.jobs.priors import prior_captions
@@ -221,8 +222,57 @@ def test_pictures_need_to_know_what_they_leave_out(tmp_path):
 
 def test_pictures_have_no_source_to_start_from(tmp_path):
     settings = {"base": str(tiny.saved("flux-kontext")), "data__sources": image_folder(tmp_path / "sources")}
-    with pytest.raises(ConfigError, match=r"leave it 0 where data\.sources is given"):
+    with pytest.raises(ConfigError, match=r"prior\.images: .* leave it out where data\.sources is given"):
         trained(tmp_path, prior={"images": 2, "replace": {"a ": ["the "]}}, **settings)
+
+
+def regularization(folder):
+    """Make two images of different shapes, the second one without a caption."""
+    image_folder(folder, 2, size=(48, 24))
+    Image.new("RGBA", (20, 50), (9, 9, 9, 90)).save(folder / "1.png")
+    (folder / "1.txt").unlink()
+    return folder
+
+
+def test_images_of_ones_own_are_compared_on(tmp_path, monkeypatch):
+    seen = []
+    ask = DenoisingLoss.ask_base
+    monkeypatch.setattr(
+        DenoisingLoss, "ask_base", lambda self, batch, draw: (seen.append(batch), ask(self, batch, draw))
+    )
+    prior = {"regularization": regularization(tmp_path / "reg"), "captions": ["a dog"], "share": 1.0}
+    value, records = trained(tmp_path, "sd", prior=prior)
+    assert {caption for batch in seen for caption in batch["captions"]} == {"a red cat", "a dog"}
+    assert "2 images of" in notes(records)
+    assert not (value.path.parent / "priors").exists()
+    plain, _ = trained(tmp_path, "sd", output=tmp_path / "plain")
+    one, two = load_file(value.path), load_file(plain.path)
+    assert any(not torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_run_goes_on_with_the_same_images_of_ones_own_only(tmp_path):
+    prior = {"regularization": regularization(tmp_path / "reg"), "captions": ["a dog"]}
+    trained(tmp_path, "sd", prior={**prior}, loop__steps=2)
+    (tmp_path / "reg").rename(tmp_path / "moved")
+    prior["regularization"] = tmp_path / "moved"
+    trained(tmp_path, "sd", prior={**prior}, resume=True, loop__steps=3)
+    (tmp_path / "moved" / "0.txt").write_text("another")
+    with pytest.raises(ConfigError, match=r"prior 0\.png was changed"):
+        trained(tmp_path, "sd", prior={**prior}, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("prior", "told"),
+    [
+        ({"images": 2}, "images: the images of regularization have their own captions"),
+        ({"replace": {"a ": ["the "]}}, "replace: the images of regularization have their own captions"),
+        ({}, "1.png: no caption"),
+    ],
+)
+def test_what_goes_with_no_images_of_ones_own_is_told(prior, told, tmp_path):
+    with pytest.raises(VisloraError) as caught:
+        trained(tmp_path, "sd", prior={"regularization": regularization(tmp_path / "reg"), **prior})
+    assert told in str(caught.value)
 
 
 def test_batches_of_one_shape_are_one_and_others_are_not():

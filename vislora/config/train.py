@@ -119,12 +119,26 @@ class PriorConfig(Section):
     """What names the new thing in captions -> what may stand there instead: `{", ink style" = ["", ", flat style"]}`"""
     captions: tuple[str, ...] = ()
     """More captions to keep, beside those that `replace` makes of each: what the trigger should leave alone."""
+    regularization: Path | None = None
+    """Folder of images to compare on, each with a caption of its own, or else one of `captions`."""
     weight: float = Field(1.0, gt=0, le=100)
     """What the difference to the base's prediction counts beside the loss of the images."""
     share: float = Field(0.5, gt=0, le=1)
     """Share of each batch that is compared; it costs time accordingly."""
     images: int = Field(0, ge=0)
     """Pictures that the base draws of those captions at the start, to compare on; 0: the folder's own images."""
+
+    @model_validator(mode="after")
+    def _compares_on_one_thing(self) -> Self:
+        given = [name for name in ("replace", "images") if getattr(self, name)]
+        if self.regularization and given:
+            raise ValueError(f"{given[0]}: the images of regularization have their own captions; leave one of both out")
+        return self
+
+    @property
+    def is_on(self) -> bool:
+        """Say whether anything is to be kept."""
+        return bool(self.replace or self.captions or self.regularization)
 
 
 class SliderConfig(Section):
@@ -216,7 +230,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _has_pictures(self) -> Self:
         data, slider = self.data, self.slider
-        if slider.more and (self.prior.replace or self.prior.captions):
+        if slider.more and self.prior.is_on:
             raise ValueError("prior: a slider learns from the base's own predictions; leave prior out")
         if data.folder is not None:
             if slider.captions:

@@ -29,9 +29,10 @@ class TrainingSet(Dataset):
     the text encoders are trained and need the captions themselves. `caption_dropout`: the chance, 0 to 1, that an
     example is seen with the empty caption. `orders`: caption -> what is seen in its place, another at each visit.
     `priors`: caption -> those for which the base's prediction is kept, or None. `prior_views`: the images on which it
-    is kept, with captions of their own; empty: the examples themselves. `sources`: for each example the views of its
-    source image, as many as its own, or None. `seen`: the text encoder sees them too, so that `text_keys` has
-    `text_name(caption, view of the source)`. `masks`: in the same way those of its mask, with None where it has none.
+    is kept, with captions of their own; empty: the examples themselves, with `priors`. `sources`: for each example the
+    views of its source image, as many as its own, or None. `seen`: the text encoder sees them too, so that `text_keys`
+    has `text_name(caption, view of the source)`. `masks`: in the same way those of its mask, with None where it has
+    none.
     `ends`: end of a slider, `more` or `less` -> what a caption is there.
     """
 
@@ -70,8 +71,9 @@ class TrainingSet(Dataset):
         for name, end in self.ends.items():
             there = at_end(caption, end)
             found |= {f"{name}_caption": there, f"{name}_text": self._text(there, source)}
-        if self.priors is not None:
-            found |= self._prior(self.priors[view.example.caption], source, draw(self.seed, visit, "prior", index))
+        if self.priors is not None or self.prior_views:
+            others = (self.priors or {}).get(view.example.caption, ())
+            found |= self._prior(others, source, draw(self.seed, visit, "prior", index))
         return found
 
     def _mask(self, view: View | None, latents: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from vislora.errors import ConfigError
 from vislora.jobs.drawing import draw_pictures
 from vislora.jobs.held_out import Buckets, HeldOut, split
 from vislora.jobs.plan import Plan, images_at_once
-from vislora.jobs.priors import draw_priors, prior_captions, prior_views
+from vislora.jobs.priors import prior_captions, prior_pictures, prior_views
 from vislora.jobs.run_folder import RunFolder
 from vislora.models.base import Family, ReadsSource, tokenizers_of
 from vislora.models.sampling import cut_off, vae_as
@@ -86,8 +86,8 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
     masks, learned_parts = yield from _masks(plan, found, wanted, cache)
     at_once = images_at_once(plan.largest)
     priors = prior_captions([example.caption for example in _in(learned, examples)], config.prior)
-    drawn = yield from draw_priors(plan, family, folder, cache, priors)
-    kept = prior_views(drawn, plan, family, _image_fingerprint(family))
+    pictures = yield from prior_pictures(plan, family, folder, cache, priors)
+    kept = prior_views(pictures, plan, family, _image_fingerprint(family))
     with vae_as(family, torch.float32):
         yield from cache_latents(cache, [*wanted, *(shown or []), kept], family.encode_image, batch_size=at_once)
     orders = _orders(plan, [example.caption for example in _in(learned, examples)])
@@ -95,6 +95,7 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
     keys = None
     if not config.adapter.text_encoders:
         texts = _texts(wanted, seen, orders, priors, config.slider.ends)
+        texts |= {view.example.caption: (view.example.caption, None) for view in kept}
         keys = yield from _cache_texts(cache, family, texts)
     beside: dict[str, Any] = {"sources": shown, "seen": seen is not None, "masks": learned_parts}
     beside["ends"] = config.slider.ends

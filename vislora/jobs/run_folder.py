@@ -18,7 +18,7 @@ from vislora.training.checkpoints import checkpoints, load_checkpoint, step_of
 
 # what may change between a run and its continuation: none of it touches what a step computes
 FREE = ("output", "name", "format", "save_precision", "resume", "overwrite", "device", "sample.", "data.cache")
-FREE_DATA = ("data.folder", "data.skip_bad", "data.allow_missing_captions")
+FREE_DATA = ("data.folder", "prior.regularization", "data.skip_bad", "data.allow_missing_captions")
 FREE_LOOP = ("loop.steps", "loop.save_every", "loop.keep_checkpoints", "loop.validate_every", "loop.tensorboard")
 
 
@@ -90,7 +90,7 @@ def open_folder(config: TrainConfig) -> tuple[RunFolder, dict[str, Any] | None]:
     Nothing is changed yet. Raises `ConfigError` when the folder lies among the images, when it holds a run (or an
     adapter of this name) and neither `resume` nor `overwrite` is set, and when the run goes on and cannot.
     """
-    _require_apart(config.output, config.data)
+    _require_apart(config)
     folder = RunFolder(config.output, config.name or config.output.name)
     found = checkpoints(folder.checkpoints)
     used = found or folder.config.exists() or folder.adapter(config.format).exists()
@@ -99,15 +99,16 @@ def open_folder(config: TrainConfig) -> tuple[RunFolder, dict[str, Any] | None]:
     return folder, load_checkpoint(found[-1]) if config.resume and found else None
 
 
-def _require_apart(output: Path, data: DataConfig) -> None:
+def _require_apart(config: TrainConfig) -> None:
     """Raise `ConfigError` where the pictures that a run writes would be taken for images to train on."""
-    place = output.expanduser().resolve()
-    for name in ("folder", "sources", "masks"):
-        folder: Path | None = getattr(data, name)
+    place, data = config.output.expanduser().resolve(), config.data
+    folders = {"data.folder": data.folder, "data.sources": data.sources, "data.masks": data.masks}
+    for name, folder in {**folders, "prior.regularization": config.prior.regularization}.items():
         above = folder and folder.expanduser().resolve()
-        if above and (place == above or (data.recursive and above in place.parents)):
+        within = data.recursive or name == "prior.regularization"
+        if above and (place == above or (within and above in place.parents)):
             raise ConfigError(
-                f"output: {output} lies in data.{name}, where its pictures count as images; choose another"
+                f"output: {config.output} lies in {name}, where its pictures count as images; choose another"
             )
 
 

@@ -143,6 +143,9 @@ def _contents(job: Run) -> dict[str, str]:
     sources = [*job.data.sources, *job.data.held_out.sources]
     beside = {f"source {_within(source.path, data.sources)}": source.sha256 for source in sources}
     beside |= {f"mask {_within(mask.path, data.masks)}": mask.sha256 for mask in job.data.masks}
+    prior = job.config.prior.regularization
+    kept = [view.example for view in job.data.dataset.prior_views] if prior else []
+    beside |= {f"prior {_within(example.path, prior)}": dataset_hash([example]) for example in kept}
     return {"the base model": job.about.base_hash, **images, **beside}
 
 
