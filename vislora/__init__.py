@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "load": "vislora.jobs.pipelines:load",
+    "load_embedding": "vislora.jobs.pipelines:load_embedding",
     "set_strengths": "vislora.jobs.pipelines:set_strengths",
     "set_composition": "vislora.jobs.pipelines:set_composition",
     "prompt_shares": "vislora.jobs.importance:prompt_shares",

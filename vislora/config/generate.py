@@ -20,6 +20,8 @@ class GenerateConfig(ComposedStackConfig):
     """File with one prompt per line; empty lines and lines with # are passed over."""
     adapter: Repeatable[tuple[str, ...]] = ()
     """An adapter and its strength, `style.safetensors:0.8` (or a name found in --adapters); repeat for a stack."""
+    embedding: Repeatable[tuple[Path, ...]] = ()
+    """A textual inversion embedding; the name of its file is a word for prompts then. Repeat for more."""
     output: Path = Path("outputs")
     """Folder for the images."""
     base: str = ""

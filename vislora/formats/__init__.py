@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vislora.formats.adapter_file import AdapterFile, AdapterModule, SourceInfo
-    from vislora.formats.reading import load
+    from vislora.formats.reading import load, load_embedding
     from vislora.formats.writing import save
 
 _PUBLIC = {
     "load": "vislora.formats.reading",
+    "load_embedding": "vislora.formats.reading",
     "save": "vislora.formats.writing",
     "AdapterFile": "vislora.formats.adapter_file",
     "AdapterModule": "vislora.formats.adapter_file",
     "SourceInfo": "vislora.formats.adapter_file",
 }
-__all__ = ["AdapterFile", "AdapterModule", "SourceInfo", "load", "save"]
+__all__ = ["AdapterFile", "AdapterModule", "SourceInfo", "load", "load_embedding", "save"]
 
 
 def __getattr__(name: str) -> Any:

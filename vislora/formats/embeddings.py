@@ -8,12 +8,13 @@ bundle_emb.cat.clip_l                  -> ('cat', 'clip_l')
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 BUNDLE = "bundle_emb."
 EMBED_FLAG = "<embed>"
 PLAIN_SLOT = "emb_params"
 _TOKEN = re.compile(r"<[^<>]+>")
+_SLOT = re.compile(r"emb_params|string_to_param\..*|clip_[lg]|t5(xxl)?")
 
 
 def is_embedding(key: str, metadata: Mapping[str, str]) -> bool:
@@ -33,6 +34,17 @@ def embedding_name(key: str) -> tuple[str, str]:
         return name, f"string_to_param{tail}"
     name, _, slot = rest.rpartition(".")
     return name, slot
+
+
+def loose_slots(keys: Sequence[str]) -> list[tuple[str, str]]:
+    """Return, for each key of a file of embeddings alone, (token, slot); empty when it is no such file.
+
+    emb_params, string_to_param.*, clip_l, clip_g -> ('', the key): the word is the file's name    A1111, OneTrainer
+    <cat-toy>                                     -> ('<cat-toy>', 'emb_params')                   diffusers
+    """
+    if all(_TOKEN.fullmatch(key) for key in keys):
+        return [(key, PLAIN_SLOT) for key in keys]
+    return [("", key) for key in keys] if all(_SLOT.fullmatch(key) for key in keys) else []
 
 
 def bundle_key(name: str, slot: str) -> str:

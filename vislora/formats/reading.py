@@ -18,7 +18,7 @@ from vislora.errors import AdapterFileError, listed
 from vislora.formats.adapter_file import AdapterFile, AdapterModule, BiasRule, SourceInfo, taken
 from vislora.formats.checks import problems
 from vislora.formats.detect import ParsedFile, parse_file, unknown_file
-from vislora.formats.embeddings import embedding_name
+from vislora.formats.embeddings import embedding_name, loose_slots
 from vislora.formats.header import BITS, TensorInfo
 from vislora.formats.parsed import ParsedModule, Ref
 from vislora.formats.split_qkv import split_notes
@@ -52,6 +52,26 @@ def load(path: str | Path, allow_pickle: bool = False) -> AdapterFile:
         frame = _frame(parsed, reader)
         reader.check(parsed.path)
         return replace(frame, modules=modules, notes=[*frame.notes, *split_notes(modules)])
+
+
+def load_embedding(path: str | Path, allow_pickle: bool = False) -> dict[str, dict[str, Tensor]]:
+    """Read a textual inversion embedding: word -> slot (`emb_params`, `clip_l`, `clip_g`) -> vectors.
+
+    The words are the tokens that the file names (`<cat-toy>`, as diffusers writes them), else there is one, its stem.
+    Raises `AdapterFileError` when it is unreadable, no embedding, or holds numbers that are not finite.
+    """
+    parsed = parse_file(path, allow_pickle)
+    refs = [*parsed.embeddings, *parsed.extras]
+    slots = loose_slots([ref.key for ref in refs])
+    if parsed.modules or not slots:
+        raise AdapterFileError(f"{path}: this is no textual inversion embedding; an adapter goes to --adapter")
+    with ExitStack() as stack:
+        reader = _Reader(copied, stack)
+        found: dict[str, dict[str, Tensor]] = {}
+        for ref, (token, slot) in zip(refs, slots, strict=True):
+            found.setdefault(token or parsed.path.stem, {})[slot] = reader.read(ref)
+        reader.check(parsed.path)
+    return found
 
 
 @contextmanager

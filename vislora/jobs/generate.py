@@ -53,6 +53,9 @@ def run(config: GenerateConfig) -> Iterator[Record]:
     pipeline_for(studio.family, config.source is not None, how)
     for label, path in paths.items():
         yield from studio.load(label, path, config.allow_partial, config.allow_pickle)
+    said = [config.negative_prompt, *(prompt.text for prompt in prompts)]
+    for path in config.embedding:
+        yield from studio.learn(path, said, config.allow_pickle)
     studio.set_composition(config.compose)
     jobs = [
         Job(Shot(prompt.text, config.negative_prompt, config.seed + number), _stack(always, prompt, labels))
@@ -61,7 +64,7 @@ def run(config: GenerateConfig) -> Iterator[Record]:
     ]
     if config.negative_prompt and not studio.family.card.negative_prompt:
         yield Note("negative_prompt: this base reads none; it has no effect", "warning")
-    for end in cut_off(studio.family, [config.negative_prompt, *(prompt.text for prompt in prompts)]):
+    for end in cut_off(studio.family, said):
         yield Note(f"a prompt is too long for this base; not read: '{end}'", "warning")
     if config.explain:
         yield from _explained(studio, jobs, studio.at_once(config.batch_size))
@@ -183,6 +186,12 @@ def _repeat(config: GenerateConfig, source: Path) -> Iterator[Record]:
         if content_hash(path) != row["sha256"]:
             raise AdapterFileError(f"like: {path} has changed since {source} was made")
         yield from studio.load(row["name"], path, config.allow_partial, config.allow_pickle)
+    said = [text for shot in recipe.batch for text in (shot.prompt, shot.negative_prompt)]
+    for row in recipe.embeddings:
+        path = Path(row["path"])
+        if not path.is_file() or content_hash(path) != row["sha256"]:
+            raise AdapterFileError(f"like: the embedding {path} is gone or has changed since {source} was made")
+        yield from studio.learn(path, said, config.allow_pickle)
     now = {**versions(), "device": str(studio.device), "threads": str(threads())}
     then = {**recipe.versions, "device": recipe.device, "threads": str(recipe.threads)}
     changed = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if now[name] != then.get(name)]

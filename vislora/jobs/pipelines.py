@@ -22,6 +22,7 @@ from vislora.inject.stack import Stack, existing_stack, settle
 from vislora.inject.strength import Strength, per_image
 from vislora.inject.targets import index, is_compiled
 from vislora.models.base import components_of
+from vislora.models.words import forget, teach, teachers
 
 Given = float | Strength | Sequence[float | Strength | None]
 
@@ -38,8 +39,9 @@ def load(
     """Put the adapter file at `path` on `pipeline` (a diffusers pipeline, or any module) and return what did not fit.
 
     `strength` multiplies the trained effect; see `set_strengths`. `name` is what `set_strengths` and `eject` call it;
-    default: the file's stem. The returned list is empty unless `allow_partial`. `allow_pickle` is that of
-    `formats.load`. On any error the pipeline is as it was.
+    default: the file's stem. The returned list is empty unless `allow_partial`, but for words (textual inversion
+    embeddings in the file) that the base cannot learn. `allow_pickle` is that of `formats.load`. On any error the
+    pipeline is as it was.
     Raises `AdapterFileError`, `AdapterMismatchError`, or `ConfigError` for a name in use.
     """
     return attach(pipeline, formats.load(path, allow_pickle), name or Path(path).stem, strength, allow_partial)
@@ -70,6 +72,7 @@ def attach(
             misfits += [f"{component}.{line}" for line in lines]
         if not done:
             raise AdapterMismatchError(listed(f"nothing of adapter '{name}' fits:", misfits, limit=5))
+        misfits += _taught(pipeline, name, adapter_file)
     except AdapterMismatchError as error:
         _undo(done, name)
         raise AdapterMismatchError(f"{error}{_looks(adapter_file, family)}") from None
@@ -80,6 +83,34 @@ def attach(
         _choose_engine(model, name)
     _follow(pipeline, components)
     return misfits
+
+
+def _taught(pipeline: Any, name: str, adapter_file: AdapterFile) -> list[str]:
+    """Teach the words that the adapter's file carries; return why not, where the base cannot learn them."""
+    if not adapter_file.embeddings:
+        return []
+    try:
+        teach(pipeline, name, adapter_file.embeddings)
+        return []
+    except AdapterMismatchError as error:
+        return [f"{len(adapter_file.embeddings)} words: {error}"]
+
+
+def load_embedding(
+    pipeline: Any, path: str | Path, name: str | None = None, *, allow_pickle: bool = False
+) -> list[str]:
+    """Teach the text encoders of `pipeline` the words of a textual inversion file; return these, to use in prompts.
+
+    They are the tokens that the file names, else its stem. `name` is what `eject` calls them; default: the stem.
+    Raises `AdapterFileError` for a file that is none, `AdapterMismatchError` for another base's, and `ConfigError` for
+    a name in use.
+    """
+    words = formats.load_embedding(path, allow_pickle)
+    owner = name or Path(path).stem
+    if owner in {*teachers(pipeline), *loaded_strengths(pipeline)}:
+        raise ConfigError(f"something named '{owner}' is loaded already; choose another name or eject it first")
+    teach(pipeline, owner, words)
+    return list(words)
 
 
 def _choose_engine(model: nn.Module, name: str) -> None:
@@ -231,10 +262,13 @@ def _follow(pipeline: Any, components: Mapping[str, nn.Module]) -> None:
 
 
 def eject(pipeline: Any, name: str | None = None) -> None:
-    """Take the adapter `name` (None: all) out; the module tree and the weights are as before it, bit for bit."""
-    stacks = _stacks(pipeline)
-    if name is not None:
+    """Take the adapter or embedding `name` (None: all) out; modules and weights are as before it, bit for bit."""
+    stacks, words = _stacks(pipeline), teachers(pipeline)
+    if name is not None and name not in words:
         _require_loaded(stacks, name)
+    for owner in words:
+        if name in (None, owner):
+            forget(pipeline, owner)
     _, components = components_of(pipeline)
     for component, stack in stacks.items():
         for loaded in list(stack.strengths):

@@ -32,7 +32,8 @@ class Recipe:
     changes the last bits. `adapters`: rows of name, path, sha256 and `strength` (see `strengths.as_json`); where the
     images of the batch have stacks of their own, `batch` holds the strength on each. `engine`: merged or stacked.
     `compose`: the composition's method and settings. `source`: the image that was edited or started from.
-    `base_parts`: the folder beside a base in one file. `quantize`: see `models.quantized`.
+    `base_parts`: the folder beside a base in one file. `quantize`: see `models.quantized`. `embeddings`: path and
+    sha256 of each file of words.
     """
 
     base: str
@@ -50,6 +51,7 @@ class Recipe:
     source: Source | None = None
     base_parts: str = ""
     quantize: str = "no"
+    embeddings: tuple[dict[str, str], ...] = ()
 
     @property
     def shot(self) -> Shot:
@@ -91,7 +93,7 @@ def read_recipe(path: Path) -> Recipe:
         fields = json.loads(text)
         fields["sampling"] = Sampling(**fields["sampling"])
         fields["batch"] = tuple(Shot(**shot) for shot in fields["batch"])
-        fields["adapters"] = tuple(fields["adapters"])
+        fields["adapters"], fields["embeddings"] = tuple(fields["adapters"]), tuple(fields.get("embeddings", ()))
         fields["source"] = Source(**fields["source"]) if fields.get("source") else None
         recipe = Recipe(**fields)
         _ = recipe.shot, recipe.stacks  # its place must be in the batch, and every strength one

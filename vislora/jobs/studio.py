@@ -20,11 +20,12 @@ from vislora.inject.moment import varies
 from vislora.inject.strength import Strength
 from vislora.jobs.devices import DTYPES, pick_device, pick_precision
 from vislora.jobs.importance import prompt_shares
-from vislora.jobs.pipelines import attach, set_composition, set_strengths
+from vislora.jobs.pipelines import attach, load_embedding, set_composition, set_strengths
 from vislora.jobs.recipes import OFF, Recipe, adapter_rows, base_hash, save_png, threads, versions
 from vislora.jobs.sources import Source, read_source
 from vislora.models.base import Family, load_family
 from vislora.models.sampling import Sampling, Shot, make_images
+from vislora.models.words import has_word
 from vislora.records import Note, Progress
 
 
@@ -55,7 +56,8 @@ class Studio:
     """What is needed to make images and to say how they were made.
 
     `paths`, `hashes`, `triggers`: name of a loaded adapter -> its file, the hash that this had when it was loaded, and
-    the trigger phrase that it names. `stack`: the strengths that are set now. `source`: the image that it begins with.
+    the trigger phrase that it names. `words`: file of an embedding -> its hash. `stack`: the strengths that are set
+    now. `source`: the image that it begins with.
     """
 
     family: Family
@@ -66,6 +68,7 @@ class Studio:
     paths: dict[str, Path] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
     triggers: dict[str, str] = field(default_factory=dict)
+    words: dict[Path, str] = field(default_factory=dict)
     stack: dict[str, Sequence[Strength]] = field(default_factory=dict)
     compose: ComposeConfig = field(default_factory=ComposeConfig)
     source: Source | None = None
@@ -81,6 +84,13 @@ class Studio:
         self.triggers[name] = adapter_file.metadata.get("modelspec.trigger_phrase", "")
         for line in misfits:
             yield Note(f"adapter '{name}': not applied: {line}", "warning")
+
+    def learn(self, path: Path, prompts: Sequence[str], allow_pickle: bool = False) -> Iterator[Note]:
+        """Learn the words of an embedding; yields a note for each that none of the `prompts` has."""
+        for word in load_embedding(self.family.pipeline, path, f"embedding {path.stem}", allow_pickle=allow_pickle):
+            if not any(has_word(prompt, word) for prompt in prompts):
+                yield Note(f"embedding {path}: no prompt has its word '{word}'", "warning")
+        self.words[path] = content_hash(path)
 
     def at_once(self, batch_size: int) -> int:
         """Return how many images are made at once: a text encoder that sees images sees one."""
@@ -166,6 +176,7 @@ class Studio:
             source=self.source,
             base_parts=self.base_parts,
             quantize=self.quantize,
+            embeddings=tuple({"path": str(path), "sha256": digest} for path, digest in self.words.items()),
         )
 
 
