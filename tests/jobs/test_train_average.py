@@ -38,7 +38,7 @@ def test_without_it_the_last_step_is(tmp_path):
 
 def test_samples_and_the_held_out_loss_are_of_the_average(tmp_path, monkeypatch):
     kept = []
-    monkeypatch.setattr(job, "preview", lambda family, module, *rest: kept.append(snapshot(module)))
+    monkeypatch.setattr(job, "preview", lambda family, parts, *rest: kept.append(snapshot(torch.nn.ModuleList(parts))))
     monkeypatch.setattr(job, "validation_loss", lambda module, *rest: kept.append(snapshot(module)) or 1.0)
     trained(tmp_path, loop__ema=0.5, sample={"every": 4}, data__held_out=0.25, loop__validate_every=4)
     state = load_checkpoint(checkpoints(tmp_path / "run" / "checkpoints")[-1])

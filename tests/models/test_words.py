@@ -8,7 +8,7 @@ import torch
 from tests import tiny
 from vislora.errors import AdapterMismatchError, ConfigError
 from vislora.models.base import load_family
-from vislora.models.words import forget, has_word, teach, teachers
+from vislora.models.words import LearnedWords, forget, has_word, teach, teachers
 
 torch.set_num_threads(1)
 FAMILIES = ("sd", "sdxl", "sdxl-refiner")
@@ -149,3 +149,30 @@ def test_a_base_with_another_text_encoder_is_taught_none():
     family = load_family(tiny.saved("flux"), torch.float32, torch.device("cpu"))
     with pytest.raises(AdapterMismatchError, match="SD and SDXL"):
         teach(family.pipeline, "me", {"x": {"clip_l": torch.zeros(1, 16)}})
+
+
+def test_a_word_that_is_learned_begins_as_it_is_read_and_has_all_gradients(family):
+    before = read(family, "a my-style cat")
+    words = LearnedWords(family.pipeline, "me", {"my-style": (None, ""), "Dog": (3, "cat")})
+    assert alike(read(family, "a my-style cat"), before)
+    assert not alike(read(family, "a dog"), read(family, "a cat"))
+    assert alike(read(family, "a dog"), read(family, "a cat cat cat"))
+    found = family.encode_prompt(["a my-style cat, a dog"])
+    sum(value.square().sum() for value in found.values()).backward()
+    assert all(vectors.grad is not None and vectors.grad.any() for vectors in words.parameters())
+    assert all(part.grad is None for encoder, _ in readers(family).values() for part in encoder.parameters())
+    with torch.no_grad():
+        for vectors in words.parameters():
+            vectors.add_(1.0)
+    moved = read(family, "a my-style cat, a dog")
+    assert not alike(moved, found)
+    made = words.embeddings()
+    words.close()
+    assert alike(read(family, "a my-style cat"), before)
+    teach(family.pipeline, "me", made)
+    assert alike(read(family, "a my-style cat, a dog"), moved)
+
+
+def test_a_word_cannot_begin_as_nothing(family):
+    with pytest.raises(ConfigError, match="reads nothing in ' '"):
+        LearnedWords(family.pipeline, "me", {"x": (1, " ")})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from vislora.inject.targets import Target, select
 from vislora.jobs.memory import GIB, MIB, Estimate, Step, estimate, memory_notes, size_text
 from vislora.jobs.train import run
 from vislora.models.base import load_family
+from vislora.models.words import LearnedWords
 from vislora.records import Progress
 from vislora.training.loss import DenoisingLoss, LossOptions
 from vislora.training.memory import kept_bytes, module_bytes, optimizer_bytes
@@ -39,10 +41,11 @@ def made(name, batch=2, rank=4, preset="all"):
     return family, Step(chosen, FreshOptions(), LossOptions(), {"latents": latents, "text": text}, "adamw")
 
 
-def really_kept(family, step):
-    """Return the bytes that autograd keeps of a step on the CPU, but the denoiser's own weights."""
+def really_kept(family, step, others=frozenset()):
+    """Return the bytes that autograd keeps of a step on the CPU, but the denoiser's own weights, and `others`."""
     denoiser = family.components["denoiser"]
     weights = {tensor.untyped_storage().data_ptr() for tensor in [*denoiser.parameters(), *denoiser.buffers()]}
+    weights |= others
     adapters = inject_fresh(denoiser, "real", step.chosen["denoiser"], step.fresh)
     kept = {}
 
@@ -62,6 +65,22 @@ def test_what_is_kept_is_counted_without_memory(name):
     family, step = made(name)
     real = really_kept(family, step)
     assert estimate(family, step).activations == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_text_encoders_that_read_learned_words_keep_theirs_too(name):
+    family, plain = made(name)
+    words = ["a red cat"] * 2
+    step = replace(plain, batch={**plain.batch, "text": None, "captions": words}, readers=[*family.components][1:])
+    foreseen = estimate(family, step).activations
+    learned = LearnedWords(family.pipeline, "real", {"cat": (2, "")})
+    weights = {
+        tensor.untyped_storage().data_ptr() for part in family.components.values() for tensor in part.parameters()
+    }
+    real = really_kept(family, step, weights)
+    learned.close()
+    assert foreseen == pytest.approx(real, rel=0.1)
+    assert foreseen > estimate(family, plain).activations
 
 
 def test_the_parts_are_exact():

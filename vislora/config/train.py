@@ -27,6 +27,17 @@ class TargetConfig(Section):
     """Algorithm of these layers. Default: the adapter's."""
 
 
+class WordConfig(Section):
+    """One `[[adapter.words]]`: a word of the captions that the text encoders learn, with the adapter."""
+
+    word: str = Field(min_length=1)
+    """The word as it stands in captions."""
+    vectors: int | None = Field(None, ge=1, le=70)
+    """How many it has, each in the place of a token. Default: as many as `begin`."""
+    begin: str = ""
+    """The text that it means at first. Default: the word itself, as the base reads it."""
+
+
 class AdapterConfig(Section):
     """What is trained."""
 
@@ -56,6 +67,21 @@ class AdapterConfig(Section):
     """Patterns that decide before the preset does; the first that matches wins."""
     text_encoders: bool = False
     """Train adapters on the text encoders too (preset attention-ff, same rank and alpha)."""
+    words: tuple[WordConfig, ...] = ()
+    """Words that the text encoders learn beside it: textual inversion, with an adapter (SD and SDXL)."""
+
+    @model_validator(mode="after")
+    def _has_each_word_once(self) -> Self:
+        words = [item.word.lower() for item in self.words]
+        twice = [word for word in words if words.count(word) > 1]
+        if twice:
+            raise ValueError(f"words: '{twice[0]}' is given twice")
+        return self
+
+    @property
+    def reads(self) -> bool:
+        """Say whether the text encoders read in every step, and not once."""
+        return self.text_encoders or bool(self.words)
 
 
 class OptimizerConfig(Section):
@@ -67,6 +93,8 @@ class OptimizerConfig(Section):
     """Peak learning rate. Default: the base's, 1e-4 for real models."""
     text_encoder_learning_rate: float | None = Field(None, gt=0, le=10)
     """Peak rate of the text encoders' adapters. Default: half of the learning rate."""
+    word_learning_rate: float | None = Field(None, gt=0, le=10)
+    """Peak rate of the vectors of `adapter.words`. Default: the learning rate."""
     lora_plus_ratio: float = Field(1.0, gt=0, le=1000)
     """LoRA+: what starts at zero (the up projection) learns at this many times the rate."""
     weight_decay: float = Field(0.01, ge=0)
@@ -230,8 +258,9 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _has_pictures(self) -> Self:
         data, slider = self.data, self.slider
-        if slider.more and self.prior.is_on:
-            raise ValueError("prior: a slider learns from the base's own predictions; leave prior out")
+        if slider.more and (self.prior.is_on or self.adapter.words):
+            name = "prior" if self.prior.is_on else "adapter.words"
+            raise ValueError(f"{name}: a slider learns from the base's own predictions; leave it out")
         if data.folder is not None:
             if slider.captions:
                 raise ValueError("slider.captions: are drawn where there is no data.folder; leave one of them out")

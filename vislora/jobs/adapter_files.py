@@ -23,7 +23,11 @@ from vislora.jobs.devices import DTYPES
 from vislora.jobs.plan import Plan
 from vislora.jobs.recipes import versions
 from vislora.models.base import Family
+from vislora.models.words import PLAIN, LearnedWords
 from vislora.registry import FORMATS
+
+A1111 = "string_to_param.*"
+"""The slot of a word for the only text encoder of a base, as A1111 reads it within an adapter."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,31 @@ class Trained:
     started: float
 
 
-def adapter_file(adapters: Mapping[str, AdapterSet], plan: Plan, trained: Trained, name: str, step: int) -> AdapterFile:
+def adapter_file(
+    adapters: Mapping[str, AdapterSet],
+    words: LearnedWords | None,
+    plan: Plan,
+    trained: Trained,
+    name: str,
+    step: int,
+) -> AdapterFile:
     """Return the adapter as it is now, tensors copied."""
-    family = trained.family.card.name
-    metadata = _metadata(plan, trained, name, step)
     return AdapterFile(
-        modules=modules_of(adapters, DTYPES[plan.config.save_precision]), metadata=metadata, family=family
+        modules=modules_of(adapters, DTYPES[plan.config.save_precision]),
+        embeddings=_embeddings(words, plan),
+        metadata=_metadata(plan, trained, name, step),
+        family=trained.family.card.name,
     )
+
+
+def _embeddings(words: LearnedWords | None, plan: Plan) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the words as they are now, under the slots that other programs read."""
+    dtype = DTYPES[plan.config.save_precision]
+    found = {} if words is None else words.embeddings()
+    return {
+        name: {A1111 if slot == PLAIN else slot: vectors.to(dtype) for slot, vectors in slots.items()}
+        for name, slots in found.items()
+    }
 
 
 def modules_of(adapters: Mapping[str, AdapterSet], dtype: torch.dtype) -> list[AdapterModule]:
@@ -69,7 +91,9 @@ def modules_of(adapters: Mapping[str, AdapterSet], dtype: torch.dtype) -> list[A
     ]
 
 
-def require_writable(adapters: Mapping[str, AdapterSet], plan: Plan, family: Family) -> None:
+def require_writable(
+    adapters: Mapping[str, AdapterSet], words: LearnedWords | None, plan: Plan, family: Family
+) -> None:
     """Raise `ConfigError` when the format of the settings has no place for fresh `adapters` as they will be."""
     form = plan.config.format
     modules = modules_of(adapters, DTYPES[plan.config.save_precision])
@@ -78,7 +102,7 @@ def require_writable(adapters: Mapping[str, AdapterSet], plan: Plan, family: Fam
         module.tensors = {
             slot: torch.rand(tensor.shape, generator=generator).to(tensor) for slot, tensor in module.tensors.items()
         }
-    made = AdapterFile(modules=modules, family=family.card.name)
+    made = AdapterFile(modules=modules, embeddings=_embeddings(words, plan), family=family.card.name)
     losses = unwritable(made, form)
     if losses:
         able = [other for other in FORMATS if FORMATS[other].writable and not unwritable(made, other)]
@@ -109,7 +133,12 @@ def _metadata(plan: Plan, trained: Trained, name: str, step: int) -> dict[str, s
 def _modelspec(plan: Plan, trained: Trained, name: str) -> dict[str, str]:
     """Stability AI's ModelSpec 1.0.1."""
     data = plan.config.data
-    words = dict.fromkeys(word for word in (data.trigger, *(subset.trigger for subset in data.subsets)) if word)
+    given = [
+        data.trigger,
+        *(subset.trigger for subset in data.subsets),
+        *(own.word for own in plan.config.adapter.words),
+    ]
+    words = dict.fromkeys(word for word in given if word)
     found = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": name,

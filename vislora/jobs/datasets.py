@@ -93,7 +93,7 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
     orders = _orders(plan, [example.caption for example in _in(learned, examples)])
     seen = shown if family.traits.source == "latents and text" else None
     keys = None
-    if not config.adapter.text_encoders:
+    if not config.adapter.reads:
         texts = _texts(wanted, seen, orders, priors, config.slider.ends)
         texts |= {view.example.caption: (view.example.caption, None) for view in kept}
         keys = yield from _cache_texts(cache, family, texts)
@@ -182,7 +182,7 @@ def _sources(plan: Plan, family: Family, found: ScanResult) -> Generator[Record,
         raise ConfigError(
             f"data.sources: a base of family '{name}' edits no images; FLUX.1 Kontext, FLUX.2 and Qwen-Image-Edit do"
         )
-    if kind == "latents and text" and plan.config.adapter.text_encoders:
+    if kind == "latents and text" and plan.config.adapter.reads:
         raise ConfigError("adapter.text_encoders: that of this base sees the images too, and is not trained")
     assert data.folder is not None  # the settings have seen to it
     left_out = [path for path, _ in found.skipped]

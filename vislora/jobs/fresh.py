@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from vislora.config.train import TrainConfig
-from vislora.errors import ConfigError
+from vislora.errors import AdapterMismatchError, ConfigError
 from vislora.formats.names import FAMILY_NAMES
 from vislora.inject.injection import AdapterSet, FreshOptions, eject, inject_fresh
 from vislora.inject.parts import Dropout
 from vislora.inject.targets import Target, select
 from vislora.models.base import Family
+from vislora.models.words import LearnedWords, has_word
 
 FRESH = "training"
 """What the adapter is called on the model while it trains."""
@@ -34,6 +35,29 @@ def injected(
     finally:
         for name in adapters:
             eject(family.components[name], FRESH)
+
+
+@contextmanager
+def learning_words(config: TrainConfig, family: Family, captions: Sequence[str]) -> Iterator[LearnedWords | None]:
+    """Give the words that are learned with the adapter, None where there are none; they are taken back at the end.
+
+    Raises `ConfigError` for one that no caption has, or a base that learns none.
+    """
+    words = {item.word: (item.vectors, item.begin) for item in config.adapter.words}
+    if not words:
+        yield None
+        return
+    lost = [word for word in words if not any(has_word(caption, word) for caption in captions)]
+    if lost:
+        raise ConfigError(f"adapter.words: no caption has the word {lost[0]!r} in it")
+    try:
+        learned = LearnedWords(family.pipeline, FRESH, words)
+    except AdapterMismatchError as error:
+        raise ConfigError(f"adapter.words: {error}") from None
+    try:
+        yield learned
+    finally:
+        learned.close()
 
 
 def chosen_layers(config: TrainConfig, family: Family) -> dict[str, dict[str, Target]]:

@@ -59,13 +59,17 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step is made of: layers by component, how they and the loss are made, the batch, the optimizer."""
+    """What a step is made of: layers by component, how they and the loss are made, the batch, the optimizer.
+
+    readers: text encoders whose input is learned.
+    """
 
     chosen: Mapping[str, Mapping[str, Target]]
     fresh: FreshOptions
     loss: LossOptions
     batch: Mapping[str, Any]
     optimizer: str
+    readers: Collection[str] = ()
 
 
 def estimate(family: Family, step: Step, away: Collection[str] = ()) -> Estimate:
@@ -74,7 +78,7 @@ def estimate(family: Family, step: Step, away: Collection[str] = ()) -> Estimate
     away: modules of its pipeline that do not count, as they are not on the device.
     Raises what torch does for a model whose computing depends on what is in its tensors: that cannot be foreseen.
     """
-    bare = weightless(family, {"denoiser", *step.chosen})
+    bare = weightless(family, {"denoiser", *step.chosen, *step.readers})
     return replace(bare_estimate(bare, step), weights=weight_bytes(family, away))
 
 
@@ -86,13 +90,17 @@ def bare_estimate(bare: Family, step: Step) -> Estimate:
         name: inject_fresh(bare.components[name], "estimate", layers, step.fresh)
         for name, layers in step.chosen.items()
     }
+    for name in step.readers:
+        bare.components[name].get_input_embeddings().weight.requires_grad_(True)  # type: ignore[operator]
     module = DenoisingLoss(bare, adapters, step.loss)
     sizes = module_bytes(module)
     state = optimizer_bytes(step.optimizer, module.parameters())
     for parameter in module.parameters():  # layers hold them too, so each is changed in its place; autocast's type
         torch.utils.swap_tensors(parameter, nn.Parameter(parameter.detach().to("meta", dtype)))
     denoiser = bare.components["denoiser"]
-    lasting = [*denoiser.parameters(), *denoiser.buffers(), *module.parameters()]
+    lasting: list[torch.Tensor] = [*module.parameters()]
+    for part in bare.components.values():
+        lasting += [*part.parameters(), *part.buffers()]
     kept = kept_bytes(lambda: module(step.batch, torch.Generator()), lasting)
     if getattr(denoiser, "is_gradient_checkpointing", False):
         denoiser.disable_gradient_checkpointing()  # type: ignore[operator]
@@ -137,6 +145,6 @@ def _savings(config: TrainConfig) -> Iterator[str]:
         yield "a smaller --batch-size with --gradient-accumulation"
     if loop.mixed_precision == "no":
         yield "--mixed-precision bf16"
-    if config.adapter.text_encoders:
-        yield "no --text-encoders"
+    if config.adapter.reads:
+        yield "no --text-encoders or --words"
     yield "a smaller --resolution or --rank"

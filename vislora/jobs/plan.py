@@ -17,6 +17,7 @@ class Plan:
     batch_size: int
     learning_rate: float
     text_learning_rate: float
+    word_learning_rate: float
     resolution: int
 
     @property
@@ -32,16 +33,17 @@ def make_plan(config: TrainConfig, traits: Traits, precision: str) -> Plan:
     """
     rate = config.optimizer.learning_rate or traits.learning_rate
     text_rate = config.optimizer.text_encoder_learning_rate or rate / 2
+    word_rate = config.optimizer.word_learning_rate or rate
     steps, batch_size = config.loop.steps or traits.train_steps, config.loop.batch_size or traits.batch_size
     resolution = config.data.resolution or traits.resolution
-    rates = {"learning_rate": rate, "text_encoder_learning_rate": text_rate}
+    rates = {"learning_rate": rate, "text_encoder_learning_rate": text_rate, "word_learning_rate": word_rate}
     loop = {"steps": steps, "batch_size": batch_size, "mixed_precision": precision}
     sections = {
         "data": config.data.model_copy(update={"resolution": resolution}),
         "optimizer": config.optimizer.model_copy(update=rates),
         "loop": config.loop.model_copy(update=loop),
     }
-    return Plan(config.model_copy(update=sections), steps, batch_size, rate, text_rate, resolution)
+    return Plan(config.model_copy(update=sections), steps, batch_size, rate, text_rate, word_rate, resolution)
 
 
 def images_at_once(resolution: int) -> int:

@@ -22,6 +22,7 @@ from vislora.jobs.plan import Plan
 from vislora.jobs.run_folder import RunFolder, require_same_contents, settings_of
 from vislora.models.base import Family
 from vislora.models.resting import Resting
+from vislora.models.words import LearnedWords
 from vislora.training.average import Average
 from vislora.training.loss import DenoisingLoss, LossOptions
 from vislora.training.optim import ParameterGroup, make_optimizer
@@ -30,13 +31,17 @@ from vislora.training.validation import Measured
 
 @dataclass
 class Run:
-    """Everything that one run holds. `average`: of its steps' adapters, if that is what it is to give."""
+    """Everything that one run holds. `words`: those that are learned with the adapters, if any.
+
+    average: of its steps' adapters, if that is what it is to give.
+    """
 
     plan: Plan
     folder: RunFolder
     family: Family
     data: Prepared
     adapters: dict[str, AdapterSet]
+    words: LearnedWords | None
     accelerator: Accelerator
     module: DenoisingLoss
     optimizer: torch.optim.Optimizer
@@ -75,6 +80,7 @@ def assemble(
     family: Family,
     data: Prepared,
     adapters: dict[str, AdapterSet],
+    words: LearnedWords | None,
     accelerator: Accelerator,
     about: Trained,
     resting: Resting,
@@ -82,11 +88,13 @@ def assemble(
     """Put a run together; `adapters` are fresh."""
     config = plan.config
     groups = list(_groups(plan, adapters))
-    module = DenoisingLoss(family, adapters, loss_options(config))
+    if words is not None:
+        groups.append(ParameterGroup(words.parameters(), plan.word_learning_rate, decays=False))
+    module = DenoisingLoss(family, adapters, loss_options(config), words)
     optimizer = make_optimizer(config.optimizer.name, groups, config.optimizer.weight_decay)
     module, optimizer = accelerator.prepare(module, optimizer)
     average = Average(module.parameters(), config.loop.ema) if config.loop.ema else None
-    return Run(plan, folder, family, data, adapters, accelerator, module, optimizer, about, resting, average)
+    return Run(plan, folder, family, data, adapters, words, accelerator, module, optimizer, about, resting, average)
 
 
 def _groups(plan: Plan, adapters: Mapping[str, AdapterSet]) -> Iterator[ParameterGroup]:

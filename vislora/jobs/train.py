@@ -22,7 +22,7 @@ from vislora.jobs.adapter_files import Trained, adapter_file, require_writable
 from vislora.jobs.curves import draw_losses
 from vislora.jobs.datasets import Prepared, prepare_data
 from vislora.jobs.devices import DTYPES, free_bytes, pick_precision
-from vislora.jobs.fresh import chosen_layers, fresh_options, injected
+from vislora.jobs.fresh import chosen_layers, fresh_options, injected, learning_words
 from vislora.jobs.held_out import told
 from vislora.jobs.memory import Step, estimate, memory_notes
 from vislora.jobs.plan import Plan, make_plan
@@ -76,11 +76,12 @@ def run(config: TrainConfig) -> Iterator[Record]:
         chosen = chosen_layers(config, family)
         resting = _rested(config, family, accelerator.device)
         yield from _memory(plan, family, data, chosen, resting)
-        with injected(config, family, chosen) as adapters:
-            require_writable(adapters, plan, family)
+        captions = [example.caption for example in data.examples]
+        with injected(config, family, chosen) as adapters, learning_words(config, family, captions) as words:
+            require_writable(adapters, words, plan, family)
             for line in summary(family.components, adapters):
                 yield Note(line)
-            job = assemble(plan, folder, family, data, adapters, accelerator, about, resting)
+            job = assemble(plan, folder, family, data, adapters, words, accelerator, about, resting)
             if state is not None:
                 restore(job, state)
                 yield Note(f"going on from step {job.step} of {plan.steps}")
@@ -146,7 +147,7 @@ def _load_base(config: TrainConfig, accelerator: Accelerator) -> Family:
 
 def _rested(config: TrainConfig, family: Family, device: torch.device) -> Resting:
     """Put what only the caching and the previews need into main memory; with text encoders, each step needs more."""
-    resting = Resting(device=device) if config.adapter.text_encoders else all_but_denoiser(family, device)
+    resting = Resting(device=device) if config.adapter.reads else all_but_denoiser(family, device)
     resting.rest()
     return resting
 
@@ -158,7 +159,8 @@ def _memory(
     config = plan.config
     options = fresh_options(config), loss_options(config)
     try:
-        step = Step(chosen, *options, data.largest_batch(), config.optimizer.name)
+        readers = [name for name in family.components if name != "denoiser"] if config.adapter.words else []
+        step = Step(chosen, *options, data.largest_batch(), config.optimizer.name, readers)
         found = estimate(family, step, away=resting.parts)
     except VisloraError:
         raise
@@ -225,7 +227,7 @@ def _finish(job: Run) -> Generator[Record, None, None]:
 
 def _save(job: Run, path: Path) -> None:
     with job.as_given():
-        made = adapter_file(job.adapters, job.plan, job.about, job.folder.name, job.step)
+        made = adapter_file(job.adapters, job.words, job.plan, job.about, job.folder.name, job.step)
     formats.save(made, path, job.config.format)
 
 

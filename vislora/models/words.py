@@ -11,7 +11,8 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,7 +30,10 @@ FIRST_CHARACTER = 0xF0000
 
 @dataclass
 class Vocabulary:
-    """One text encoder and its tokenizer. `words`: (owner, name) -> vectors (count, width)."""
+    """One text encoder and its tokenizer.
+
+    words: (owner, name) -> vectors (count, width). numbers: name -> the numbers of its tokens.
+    """
 
     encoder: Any
     tokenizer: Any
@@ -37,6 +41,7 @@ class Vocabulary:
     weight: nn.Parameter
     ends: dict[nn.Module, int]
     words: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    numbers: dict[str, list[int]] = field(default_factory=dict)
 
     @staticmethod
     def of(encoder: Any, tokenizer: Any) -> Vocabulary:
@@ -72,16 +77,18 @@ class Vocabulary:
         taught = copy.deepcopy(self.backend)
         steps, characters = [], [chr(FIRST_CHARACTER + number) for number in range(sum(map(len, words.values())))]
         taught.add_tokens([AddedToken(character, normalized=True, special=False) for character in characters])
-        numbers = [taught.token_to_id(character) for character in characters]
         for name in sorted(words, key=len, reverse=True):
             own, characters = characters[: len(words[name])], characters[len(words[name]) :]
             steps.append(normalizers.Replace(Regex(_called(name)), "".join(own)))
+            self.numbers[name] = [taught.token_to_id(character) for character in own]
         if self.backend.normalizer is not None:
             steps.append(self.backend.normalizer)
         taught.normalizer = normalizers.Sequence(steps)
-        rows = self.weight.new_zeros(max(len(self.weight), *(number + 1 for number in numbers)), self.weight.shape[1])
+        count = max(number + 1 for name in words for number in self.numbers[name])
+        rows = self.weight.new_zeros(max(len(self.weight), count), self.weight.shape[1])
         rows[: len(self.weight)] = self.weight
-        rows[numbers] = torch.cat([words[name] for name in sorted(words, key=len, reverse=True)]).to(rows)
+        for name, vectors in words.items():
+            rows[self.numbers[name]] = vectors.to(rows)
         return taught, nn.Parameter(rows, requires_grad=self.weight.requires_grad)
 
 
@@ -146,6 +153,67 @@ def _encoders(pipeline: Any) -> dict[str, Vocabulary]:
     return {
         name: _vocabularies.get(module) or Vocabulary.of(module, tokenizers[name]) for name, module in found.items()
     }
+
+
+class LearnedWords(nn.Module):
+    """Words whose vectors are trained: parameters of this module, which the text encoders read in every pass.
+
+    So does textual inversion (Gal et al., arXiv 2208.01618); beside an adapter it is called pivotal tuning. `words`:
+    name -> how many vectors (None: as many as its tokens) and the text whose vectors they begin as; '' is the word
+    itself, so that a word begins as what the base reads. `close` takes all back.
+    """
+
+    def __init__(self, pipeline: Any, owner: str, words: Mapping[str, tuple[int | None, str]]) -> None:
+        super().__init__()
+        self._pipeline, self._owner = (pipeline,), owner  # a tuple hides the models from nn.Module's registration
+        known = _encoders(pipeline)
+        slots = {component: PLAIN if len(known) == 1 else component.removeprefix("te:") for component in known}
+        first = {
+            name: {slots[component]: _first(part, text or name, count) for component, part in known.items()}
+            for name, (count, text) in words.items()
+        }
+        teach(pipeline, owner, first)
+        self.names = list(words)
+        self.vectors = nn.ModuleDict()
+        for slot in slots.values():
+            self.vectors[slot] = nn.ParameterList(nn.Parameter(first[name][slot].clone()) for name in self.names)
+        self._hooks = [
+            part.encoder.get_input_embeddings().register_forward_hook(partial(self._put, slots[component], part))
+            for component, part in _encoders(pipeline).items()
+        ]
+
+    def embeddings(self) -> dict[str, dict[str, Tensor]]:
+        """Return name -> slot -> vectors (count, width) as they are, as copies in main memory."""
+        return {
+            name: {
+                slot: cast(nn.ParameterList, own)[index].detach().cpu().clone() for slot, own in self.vectors.items()
+            }
+            for index, name in enumerate(self.names)
+        }
+
+    def close(self) -> None:
+        """Have tokenizers and text encoders as they were."""
+        for hook in self._hooks:
+            hook.remove()
+        forget(self._pipeline[0], self._owner)
+
+    def _put(
+        self, slot: str, vocabulary: Vocabulary, module: nn.Module, given: tuple[Tensor, ...], out: Tensor
+    ) -> Tensor:
+        """Put the vectors of this moment in the place of those that were taught."""
+        for name, own in zip(self.names, cast(nn.ParameterList, self.vectors[slot]), strict=True):
+            for number, vector in zip(vocabulary.numbers[name.lower()], own.to(out), strict=True):
+                out = torch.where((given[0] == number)[..., None], vector, out)
+        return out
+
+
+def _first(vocabulary: Vocabulary, text: str, count: int | None) -> Tensor:
+    """Return the vectors that a text encoder has for a text: the first `count`, over and over where it has less."""
+    ids = vocabulary.tokenizer(text, add_special_tokens=False).input_ids
+    if not ids:
+        raise ConfigError(f"the text encoder reads nothing in {text!r}: begin the word with another text")
+    wanted = [ids[index % len(ids)] for index in range(count or len(ids))]
+    return vocabulary.weight[wanted].detach().float()
 
 
 def _placed(name: str, slots: Mapping[str, Tensor], known: Mapping[str, Vocabulary]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vislora.diffusion import AS_TRAINED, Timesteps
 from vislora.inject.injection import AdapterSet
 from vislora.models.base import Family
+from vislora.models.words import LearnedWords
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,16 @@ class DenoisingLoss(nn.Module):
     The frozen base is no child of this module, so that neither DDP nor a checkpoint ever sees its weights.
     """
 
-    def __init__(self, family: Family, adapters: Mapping[str, AdapterSet], options: LossOptions) -> None:
+    def __init__(
+        self,
+        family: Family,
+        adapters: Mapping[str, AdapterSet],
+        options: LossOptions,
+        words: LearnedWords | None = None,
+    ) -> None:
         super().__init__()
         self.adapters = nn.ModuleDict(dict(adapters))
+        self.words = words
         self._family = (family,)  # a tuple hides the models from nn.Module's registration
         self._options = options
         self._answers: dict[int, list[Answer]] = {}
@@ -113,14 +121,18 @@ class DenoisingLoss(nn.Module):
         """
         asked = self._asked(batch, *self._noised(batch["latents"], generator))
         if "prior_captions" not in batch:
-            return self._error(self._predict(*asked.given), asked)
+            return self._error(self._predict(*asked.given), asked) + self._of_words()
         prior = self._prior(batch, asked, generator)
         both = joined(asked, prior)
         if both is None:
             predicted, kept = self._predict(*asked.given), self._predict(*prior.given)
         else:
             predicted, kept = self._predict(*both.given).split([len(asked.t), len(prior.t)])
-        return self._error(predicted, asked) + self._options.prior_weight * self._error(kept, prior)
+        return self._error(predicted, asked) + self._options.prior_weight * self._error(kept, prior) + self._of_words()
+
+    def _of_words(self) -> Tensor | float:
+        """Return 0, with gradients for words that no caption of the batch has: processes wait for all gradients."""
+        return 0.0 if self.words is None else 0.0 * sum(vectors.sum() for vectors in self.words.parameters())
 
     def _asked(self, batch: Mapping[str, Any], noisy: Tensor, t: Tensor, target: Tensor) -> Asked:
         if "more_captions" in batch:
