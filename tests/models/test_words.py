@@ -7,6 +7,8 @@ import torch
 
 from tests import tiny
 from vislora.errors import AdapterMismatchError, ConfigError
+from vislora.inject.injection import FreshOptions, inject_fresh
+from vislora.inject.targets import Target
 from vislora.models.base import load_family
 from vislora.models.words import LearnedWords, forget, has_word, teach, teachers
 
@@ -100,6 +102,7 @@ def test_all_is_as_it_was_when_it_is_forgotten(family):
     forget(family.pipeline, "one")
     assert teachers(family.pipeline) == []
     assert alike(read(family, "a my-style cat"), before)
+    assert not any("vislora" in key for encoder, _ in readers(family).values() for key in encoder.__dict__)
     for slot, (encoder, tokenizer) in readers(family).items():
         assert encoder.get_input_embeddings().weight is rows[slot]
         assert tokenizer.backend_tokenizer is backends[slot]
@@ -112,6 +115,21 @@ def test_a_word_is_no_part_of_another_and_the_longer_one_counts(family):
     assert alike(read(family, "a my-cat"), read(family, "a red"))
     assert has_word("a Cat, red", "cat")
     assert not has_word("category", "cat")
+
+
+def test_an_adapter_on_the_embedding_leaves_words_as_they_are(family):
+    teach(family.pipeline, "me", {"my-style": meaning_of(family, "red")})
+    for encoder, _ in readers(family).values():
+        path = next(name for name, _ in encoder.named_modules() if name.endswith("token_embedding"))
+        inject_fresh(encoder, "x", {path: Target("", 2)}, FreshOptions(seed=1)).ups()[0].data.normal_()
+    with_word, known = read(family, "my-style"), read(family, "red")
+    assert not torch.equal(with_word["prompt_embeds"], known["prompt_embeds"])
+    for encoder, tokenizer in readers(family).values():
+        embedding = encoder.get_input_embeddings()
+        ids = tokenizer("my-style red", return_tensors="pt").input_ids[0, 1:-1]
+        new, own = embedding(ids).chunk(2)
+        assert torch.equal(new, embedding.weight[ids[len(new) :]])
+        assert not torch.equal(own, new)
 
 
 def test_a_word_has_one_meaning(family):

@@ -2,7 +2,7 @@
 
 Such a word is one or more vectors, each in the place of a token's own (Gal et al., arXiv 2208.01618). The tokenizer
 puts tokens of their own where a prompt has the name, in upper or lower case, with or without ComfyUI's `embedding:`
-before it; the text encoder has their vectors as further rows. Both are exchanged whole and put back as they were.
+before it, and a hook on the text encoder's embedding gives these their vectors; its weight stays as it is.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, cast
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vislora.errors import AdapterMismatchError, ConfigError
@@ -26,29 +25,38 @@ PLAIN = "emb_params"
 """The slot of an embedding that does not say which text encoder it is for, as there is but one."""
 FIRST_CHARACTER = 0xF0000
 """Tokens are called by characters for private use, which no prompt has."""
+_KEY = "_vislora_words"
 
 
 @dataclass
 class Vocabulary:
     """One text encoder and its tokenizer.
 
-    words: (owner, name) -> vectors (count, width). numbers: name -> the numbers of its tokens.
+    words: (owner, name) -> vectors (count, width). first: the number of the first token of theirs.
     """
 
     encoder: Any
     tokenizer: Any
     backend: Any
-    weight: nn.Parameter
     ends: dict[nn.Module, int]
     words: dict[tuple[str, str], Tensor] = field(default_factory=dict)
-    numbers: dict[str, list[int]] = field(default_factory=dict)
+    first: int = 0
+    _asked: Tensor | None = None
+    _hooks: list[Any] = field(default_factory=list)
 
     @staticmethod
     def of(encoder: Any, tokenizer: Any) -> Vocabulary:
-        """Return the vocabulary of an encoder that was taught nothing."""
+        """Return the vocabulary of an encoder, a new one where it was taught nothing."""
+        if _KEY in encoder.__dict__:
+            known: Vocabulary = encoder.__dict__[_KEY]
+            return known
         ends = {module: module.eos_token_id for module in encoder.modules() if hasattr(module, "eos_token_id")}
-        weight = encoder.get_input_embeddings().weight
-        return Vocabulary(encoder, tokenizer, tokenizer.backend_tokenizer, weight, ends)
+        return Vocabulary(encoder, tokenizer, tokenizer.backend_tokenizer, ends)
+
+    @property
+    def width(self) -> int:
+        """How many numbers a vector has."""
+        return int(self.encoder.get_input_embeddings().weight.shape[1])
 
     def require_free(self, name: str, vectors: Tensor) -> None:
         """Raise `ConfigError` when the word is known already, with other vectors."""
@@ -58,41 +66,53 @@ class Vocabulary:
 
     def apply(self) -> None:
         """Have tokenizer and encoder know these words, and no others."""
-        words = {name: vectors for (_, name), vectors in self.words.items()}
-        backend, weight = self._taught(words) if words else (self.backend, self.weight)
-        self.tokenizer._tokenizer = backend
+        self.tokenizer._tokenizer = self._taught() if self.words else self.backend
         wrap = getattr(self.tokenizer, "_wrap_decode_method_backend_tokenizer", None)
-        if words and wrap is not None:  # CLIP's tokenizer has a method of the instance, which the copy lost
+        if self.words and wrap is not None:  # CLIP's tokenizer has a method of the instance, which the copy lost
             wrap()
-        embedding = self.encoder.get_input_embeddings()
-        embedding.weight, embedding.num_embeddings = weight, len(weight)
         for module, own in self.ends.items():
             # with 2, as old configs say, transformers takes the highest number for the end: that of a new token
-            module.eos_token_id = self.tokenizer.eos_token_id if words else own  # type: ignore[assignment]
+            module.eos_token_id = self.tokenizer.eos_token_id if self.words else own  # type: ignore[assignment]
+        if self.words and not self._hooks:
+            embedding = self.encoder.get_input_embeddings()
+            self._hooks = [embedding.register_forward_pre_hook(self._ask), embedding.register_forward_hook(self._put)]
+            self.encoder.__dict__[_KEY] = self
+        elif not self.words and self._hooks:
+            while self._hooks:
+                self._hooks.pop().remove()
+            del self.encoder.__dict__[_KEY]
 
-    def _taught(self, words: Mapping[str, Tensor]) -> tuple[Any, nn.Parameter]:
-        """Return a tokenizer that puts characters in the place of the names, and the vectors of the tokens of these."""
+    def _meanings(self) -> list[tuple[str, Tensor]]:
+        """Return the words, the longest first, and their vectors in the order of their tokens."""
+        words = {name: vectors for (_, name), vectors in self.words.items()}
+        return sorted(words.items(), key=lambda word: -len(word[0]))
+
+    def _taught(self) -> Any:
+        """Return a tokenizer that puts characters in the place of the names, and has a token for each of these."""
         from tokenizers import AddedToken, Regex, normalizers
 
-        taught = copy.deepcopy(self.backend)
-        steps, characters = [], [chr(FIRST_CHARACTER + number) for number in range(sum(map(len, words.values())))]
-        taught.add_tokens([AddedToken(character, normalized=True, special=False) for character in characters])
-        for name in sorted(words, key=len, reverse=True):
-            own, characters = characters[: len(words[name])], characters[len(words[name]) :]
-            steps.append(normalizers.Replace(Regex(_called(name)), "".join(own)))
-            self.numbers[name] = [taught.token_to_id(character) for character in own]
-        if self.backend.normalizer is not None:
-            steps.append(self.backend.normalizer)
-        taught.normalizer = normalizers.Sequence(steps)
-        count = max(number + 1 for name in words for number in self.numbers[name])
-        rows = self.weight.new_zeros(max(len(self.weight), count), self.weight.shape[1])
-        rows[: len(self.weight)] = self.weight
-        for name, vectors in words.items():
-            rows[self.numbers[name]] = vectors.to(rows)
-        return taught, nn.Parameter(rows, requires_grad=self.weight.requires_grad)
+        taught, steps, number = copy.deepcopy(self.backend), [], FIRST_CHARACTER
+        for name, vectors in self._meanings():
+            characters = [chr(number + index) for index in range(len(vectors))]
+            taught.add_tokens([AddedToken(character, normalized=True, special=False) for character in characters])
+            steps.append(normalizers.Replace(Regex(_called(name)), "".join(characters)))
+            number += len(vectors)
+        own = [] if self.backend.normalizer is None else [self.backend.normalizer]
+        taught.normalizer = normalizers.Sequence([*steps, *own])
+        self.first = taught.token_to_id(chr(FIRST_CHARACTER))
+        return taught
 
+    def _ask(self, module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Let the embedding look up other tokens in the place of the new ones, for which it has no rows."""
+        self._asked = given[0]
+        return given[0].masked_fill(given[0] >= self.first, 0), *given[1:]
 
-_vocabularies: WeakKeyDictionary[nn.Module, Vocabulary] = WeakKeyDictionary()
+    def _put(self, module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        """Put the vectors of the new tokens in their places."""
+        assert self._asked is not None
+        places, self._asked = self._asked - self.first, None
+        table = torch.cat([vectors.to(out) for _, vectors in self._meanings()])
+        return torch.where((places >= 0)[..., None], F.embedding(places.clamp(min=0), table), out)
 
 
 @torch.no_grad()
@@ -110,7 +130,6 @@ def teach(pipeline: Any, owner: str, words: Mapping[str, Mapping[str, Tensor]]) 
     for component, vocabulary in known.items():
         vocabulary.words |= {(owner, name.lower()): vectors[component] for name, vectors in placed.items()}
         vocabulary.apply()
-        _vocabularies[vocabulary.encoder] = vocabulary
 
 
 @torch.no_grad()
@@ -119,8 +138,6 @@ def forget(pipeline: Any, owner: str) -> None:
     for vocabulary in _taught(pipeline):
         vocabulary.words = {key: vectors for key, vectors in vocabulary.words.items() if key[0] != owner}
         vocabulary.apply()
-        if not vocabulary.words:
-            del _vocabularies[vocabulary.encoder]
 
 
 def teachers(pipeline: Any) -> list[str]:
@@ -139,7 +156,7 @@ def _called(name: str) -> str:
 
 def _taught(pipeline: Any) -> Iterator[Vocabulary]:
     modules = [] if isinstance(pipeline, nn.Module) else components_of(pipeline)[1].values()
-    yield from (_vocabularies[module] for module in modules if module in _vocabularies)
+    yield from (module.__dict__[_KEY] for module in modules if _KEY in module.__dict__)
 
 
 def _encoders(pipeline: Any) -> dict[str, Vocabulary]:
@@ -150,9 +167,7 @@ def _encoders(pipeline: Any) -> dict[str, Vocabulary]:
         raise AdapterMismatchError("only bases whose text encoders are all CLIP's are taught words: SD and SDXL")
     attributes = FAMILIES[family].card.attributes
     tokenizers = {name: getattr(pipeline, attributes[name].replace("text_encoder", "tokenizer")) for name in found}
-    return {
-        name: _vocabularies.get(module) or Vocabulary.of(module, tokenizers[name]) for name, module in found.items()
-    }
+    return {name: Vocabulary.of(module, tokenizers[name]) for name, module in found.items()}
 
 
 class LearnedWords(nn.Module):
@@ -168,43 +183,25 @@ class LearnedWords(nn.Module):
         self._pipeline, self._owner = (pipeline,), owner  # a tuple hides the models from nn.Module's registration
         known = _encoders(pipeline)
         slots = {component: PLAIN if len(known) == 1 else component.removeprefix("te:") for component in known}
-        first = {
-            name: {slots[component]: _first(part, text or name, count) for component, part in known.items()}
+        self._words = {
+            name: {
+                slots[component]: nn.Parameter(_first(part, text or name, count)) for component, part in known.items()
+            }
             for name, (count, text) in words.items()
         }
-        teach(pipeline, owner, first)
-        self.names = list(words)
-        self.vectors = nn.ModuleDict()
-        for slot in slots.values():
-            self.vectors[slot] = nn.ParameterList(nn.Parameter(first[name][slot].clone()) for name in self.names)
-        self._hooks = [
-            part.encoder.get_input_embeddings().register_forward_hook(partial(self._put, slots[component], part))
-            for component, part in _encoders(pipeline).items()
-        ]
+        self.vectors = nn.ParameterList(own for found in self._words.values() for own in found.values())
+        teach(pipeline, owner, self._words)
 
     def embeddings(self) -> dict[str, dict[str, Tensor]]:
         """Return name -> slot -> vectors (count, width) as they are, as copies in main memory."""
         return {
-            name: {
-                slot: cast(nn.ParameterList, own)[index].detach().cpu().clone() for slot, own in self.vectors.items()
-            }
-            for index, name in enumerate(self.names)
+            name: {slot: own.detach().cpu().clone() for slot, own in found.items()}
+            for name, found in self._words.items()
         }
 
     def close(self) -> None:
         """Have tokenizers and text encoders as they were."""
-        for hook in self._hooks:
-            hook.remove()
         forget(self._pipeline[0], self._owner)
-
-    def _put(
-        self, slot: str, vocabulary: Vocabulary, module: nn.Module, given: tuple[Tensor, ...], out: Tensor
-    ) -> Tensor:
-        """Put the vectors of this moment in the place of those that were taught."""
-        for name, own in zip(self.names, cast(nn.ParameterList, self.vectors[slot]), strict=True):
-            for number, vector in zip(vocabulary.numbers[name.lower()], own.to(out), strict=True):
-                out = torch.where((given[0] == number)[..., None], vector, out)
-        return out
 
 
 def _first(vocabulary: Vocabulary, text: str, count: int | None) -> Tensor:
@@ -213,7 +210,7 @@ def _first(vocabulary: Vocabulary, text: str, count: int | None) -> Tensor:
     if not ids:
         raise ConfigError(f"the text encoder reads nothing in {text!r}: begin the word with another text")
     wanted = [ids[index % len(ids)] for index in range(count or len(ids))]
-    return vocabulary.weight[wanted].detach().float()
+    return vocabulary.encoder.get_input_embeddings().weight[wanted].detach().float().cpu()
 
 
 def _placed(name: str, slots: Mapping[str, Tensor], known: Mapping[str, Vocabulary]) -> dict[str, Tensor]:
@@ -231,7 +228,7 @@ def _placed(name: str, slots: Mapping[str, Tensor], known: Mapping[str, Vocabula
         )
     found = {component: torch.atleast_2d(slots[slot]).float().cpu() for component, slot in wanted.items()}
     for component, vectors in found.items():
-        width = known[component].weight.shape[1]
+        width = known[component].width
         if vectors.dim() != 2 or vectors.shape[1] != width:
             raise AdapterMismatchError(
                 f"the word '{name}' is for another base: its vectors are {tuple(vectors.shape)}, this one's "
