@@ -62,6 +62,11 @@ def test_pickles_are_read_when_they_are_allowed(tmp_path):
     assert same(taught, made(tmp_path, prompt="a red cat"))
 
 
+def test_one_that_is_given_as_an_adapter_is_told_where_it_belongs(red, tmp_path):
+    with pytest.raises(AdapterFileError, match=r"a textual inversion embedding \(generate takes it as --embedding\)"):
+        made(tmp_path, adapter=(str(red),))
+
+
 def test_what_is_no_embedding_is_told(tmp_path, adapters):  # noqa: F811
     with pytest.raises(AdapterFileError, match="this is no textual inversion embedding"):
         formats.load_embedding(adapters / "sd-a.safetensors")

@@ -20,7 +20,7 @@ from vislora.jobs.generate import generate
 from vislora.jobs.recipes import read_recipe
 from vislora.jobs.studio import free_numbers, save_numbered
 from vislora.models.base import components_of, load_family
-from vislora.models.schedulers import DIFFUSION, FLOW
+from vislora.models.schedulers import DIFFUSION, FLOW, scheduler_for
 from vislora.records import Done, Note
 
 torch.set_num_threads(1)
@@ -305,6 +305,21 @@ ALL = [("sd", name) for name in DIFFUSION] + [("sd3", name) for name in FLOW]
 def test_every_scheduler_runs(family, name, tmp_path):
     (picture,) = made(tmp_path, family, scheduler=name, steps=3)
     assert pixels(picture).std() > 1
+
+
+@pytest.mark.parametrize("name", ["dpm++-sde", "ddpm", "euler-a", "lcm", "tcd"])
+def test_noise_between_steps_is_of_each_image_s_own_seed(name, tmp_path):
+    single = made(tmp_path, count=3, scheduler=name, steps=4)
+    batch = made(tmp_path, count=3, scheduler=name, steps=4, batch_size=3)
+    assert all(abs(pixels(one) - pixels(other)).max() <= 1 for one, other in zip(single, batch, strict=True))
+    assert same(batch[:1], generate(like=batch[0].path, output=tmp_path / "again"))
+
+
+@pytest.mark.parametrize("name", ["euler-trailing", "ddim-trailing"])
+def test_trailing_samplers_begin_at_the_strongest_noise(name):
+    scheduler = scheduler_for(tiny.PIPELINES["sd"](), name)
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
 
 
 @pytest.mark.parametrize("name", ["dpm++", "ddim"])

@@ -43,7 +43,7 @@ class GenerateConfig(ComposedStackConfig):
     guidance_scale: float | None = Field(None, ge=0, le=100)
     """How strictly to follow the prompt; 1 turns guidance off. Default: the base's."""
     scheduler: str = "auto"
-    """Sampler: auto, dpm++, dpm++-karras, ddim, ddpm, euler, euler-a, heun, pndm, unipc; flow-euler, -heun, -dpm++."""
+    """Sampler: auto, dpm++, ddim, euler, euler-a, lcm, flow-euler, ...; an unknown name lists those of the base."""
     width: int | None = Field(None, ge=16, le=16384, multiple_of=8)
     """Width in pixels. Default: the base's."""
     height: int | None = Field(None, ge=16, le=16384, multiple_of=8)

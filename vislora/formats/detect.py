@@ -99,7 +99,9 @@ def unknown_file(parsed: ParsedFile) -> AdapterFileError:
         said = f", its metadata says {parsed.family}" if parsed.family else ""
         title = f"{parsed.path}: none of its {len(names)} modules is a layer of a known model family{said}; it has:"
         return AdapterFileError(listed(title, names, limit=3))
-    return AdapterFileError(listed(f"{parsed.path}: this is {looks_like(keys)}; it begins with:", keys, limit=3))
+    said = looks_like(keys)
+    hint = " (generate takes it as --embedding)" if "textual inversion" in said else ""
+    return AdapterFileError(listed(f"{parsed.path}: this is {said}{hint}; it begins with:", keys, limit=3))
 
 
 def _about_extras(keys: Collection[str]) -> list[str]:

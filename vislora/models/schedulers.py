@@ -8,16 +8,27 @@ from typing import Any
 from vislora.errors import ConfigError, nearest
 
 Kinds = Mapping[str, tuple[str, dict[str, Any]]]
+TRAILING = {"timestep_spacing": "trailing"}
+"""The first step is at the very noise that the base was trained up to (arXiv 2305.08891): for adapters of few steps."""
 
 DIFFUSION: Kinds = {
     "dpm++": ("DPMSolverMultistepScheduler", {}),
     "dpm++-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpm++-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm++-sde-karras": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+    ),
     "ddim": ("DDIMScheduler", {}),
+    "ddim-trailing": ("DDIMScheduler", TRAILING),
     "ddpm": ("DDPMScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
+    "euler-trailing": ("EulerDiscreteScheduler", TRAILING),
     "euler-a": ("EulerAncestralDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "tcd": ("TCDScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
 FLOW: Kinds = {
