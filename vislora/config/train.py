@@ -173,9 +173,9 @@ class SliderConfig(Section):
     """A slider: an adapter from one wording to another, learned from what the base predicts for both."""
 
     more: str = ""
-    """What a caption is at strength 1: `{caption}, smiling`. Empty: an adapter is learned from images, as usual."""
+    """Where strength 1 leads: `{caption}, smiling`, the caption within. Empty: adapters learn from images, as usual."""
     less: str = "{caption}"
-    """What a caption is at strength -1. Default: the caption, so that strength 0 and -1 differ from it alone."""
+    """Where strength -1 leads, in the same way. Default: the caption as it is."""
     reach: float = Field(1.0, gt=0, le=100)
     """How far strength 1 leads: so many times the difference of the predictions for both ends."""
     captions: tuple[str, ...] = ()

@@ -83,7 +83,7 @@ class DenoisingLoss(nn.Module):
     of the batch or on those that the base drew. On its own the base can be asked beforehand, once (`ask_base`).
 
     With the ends of a slider, what is to be predicted is not in the images: it is the base's prediction, moved by the
-    difference of its predictions for both ends (Concept Sliders, Gandikota et al., arXiv 2311.12092, section 4.1).
+    difference of its predictions for both ends (Concept Sliders, Gandikota et al., arXiv 2311.12092).
 
     The frozen base is no child of this module, so that neither DDP nor a checkpoint ever sees its weights.
     """
