@@ -94,7 +94,11 @@ def _module(kind: str, path: str, spec: LayerSpec) -> AdapterModule | None:
         slots = ALGORITHMS[kind].init(spec, InitOptions(2, generator=generator))
     except (VisloraError, NotImplementedError):
         return None  # no such adapter on this kind of layer
-    tensors = {name: torch.randn(slot.shape, generator=generator).half() for name, slot in slots.items()}
+    constants = ALGORITHMS[kind].constants
+    tensors = {
+        name: slot if name in constants else torch.randn(slot.shape, generator=generator).half()
+        for name, slot in slots.items()
+    }
     component = "te:clip_l" if path.startswith("text_model") else "denoiser"
     return AdapterModule(component=component, path=path, algo=kind, tensors=tensors, alpha=1.0 + len(path) % 3)
 

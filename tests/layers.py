@@ -65,10 +65,14 @@ def fresh(
 def drawn(
     layer: nn.Module, algorithm: Algorithm, rank: int = 3, tucker: bool = False, seed: int = 3
 ) -> dict[str, Tensor]:
-    """Return slots of the shapes of fresh ones, every one random: an adapter with an effect."""
+    """Return slots of the shapes of fresh ones, all but the constants random: an adapter with an effect."""
     generator = torch.Generator().manual_seed(seed)
-    slots = fresh(layer, algorithm, rank, tucker)
-    return {name: (0.3 * torch.randn(slot.shape, generator=generator)).to(slot.dtype) for name, slot in slots.items()}
+    return {
+        name: slot
+        if name in algorithm.constants
+        else (0.3 * torch.randn(slot.shape, generator=generator)).to(slot.dtype)
+        for name, slot in fresh(layer, algorithm, rank, tucker).items()
+    }
 
 
 def goes_on(algorithm: Algorithm, case: Case) -> bool:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from vislora.algebra.low_rank import Limits
 from vislora.algebra.to_lora import Conversion, to_lora
@@ -29,15 +28,13 @@ from vislora.formats.other_things import OTHER_THINGS
 from vislora.formats.overview import families
 from vislora.formats.reading import load
 from vislora.formats.writing import save, unwritable
-from vislora.registry import ALGORITHMS, FORMATS
+from vislora.registry import ALGORITHMS, FORMATS, TRAINED
 
 OUT, IN, RANK = 32, 16, 8
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"
 LINEAR, CONV, NORM = f"{BLOCK}.attn1.to_q", "mid_block.resnets.0.conv1", "mid_block.resnets.0.norm1"
 QKV, FUSED = "transformer_blocks.0.attn.to_", "lora_unet_joint_blocks_0_x_block_attn_qkv"
 NOT_WRITTEN = "not written"
-UNTRAINED = ("norm", "set")
-"""Algorithms that no layer gets afresh."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +134,7 @@ def others_list() -> str:
 
 def samples() -> Iterator[Sample]:
     """Yield every algorithm on a linear layer, a conv and a fused layer, and what can be on top of LoRA."""
-    for name in [item for item in ALGORITHMS if item not in UNTRAINED]:
+    for name in TRAINED:
         flat, conv, core = (fresh(name, *place) for place in ((LINEAR,), (CONV, (3, 3)), (CONV, (3, 3), True)))
         titles = {name: flat, f"{name} on a conv": conv, f"{name} on a conv, Tucker": core}
         same = core is None or conv is None or core.tensors.keys() == conv.tensors.keys()
@@ -162,7 +159,7 @@ def samples() -> Iterator[Sample]:
     yield Sample(
         "lora of q, k and v, trained apart", AdapterFile(modules=[item for item in apart if item], family="sd3")
     )
-    for name in [item for item in ALGORITHMS if item not in (*UNTRAINED, "oft_peft")]:
+    for name in [item for item in TRAINED if item != "oft_peft"]:
         yield from fused(name)
 
 
@@ -197,13 +194,11 @@ def fresh(
     slots = ALGORITHMS[name].init(layer, InitOptions(RANK, tucker=tucker, generator=generator))
     if kind not in ALGORITHMS[name].kinds(slots):
         return None
-    tensors = {slot: _drawn(slot, tensor, generator) for slot, tensor in slots.items()}
+    tensors = {
+        slot: tensor if slot in ALGORITHMS[name].constants else torch.randn(tensor.shape, generator=generator) / 8
+        for slot, tensor in slots.items()
+    }
     return AdapterModule(component="denoiser", path=path, algo=name, tensors=tensors, alpha=3.0)
-
-
-def _drawn(slot: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
-    random = torch.randn(tensor.shape, generator=generator) / 8
-    return random if tensor.is_floating_point() and slot not in ("alpha", "eps", "neumann_terms") else tensor
 
 
 def verdict(sample: Sample, form: Format) -> Verdict:

@@ -54,22 +54,26 @@ class Registry(Mapping[str, Any]):
         return name in self._targets or name in self._aliases
 
 
-ALGORITHMS = Registry(
+_ALGORITHMS = {
+    "lora": "vislora.algorithms.lora:LORA",
+    "loha": "vislora.algorithms.loha:LOHA",
+    "lokr": "vislora.algorithms.lokr:LOKR",
+    "full": "vislora.algorithms.full:FULL",
+    "norm": "vislora.algorithms.norm:NORM",
+    "set": "vislora.algorithms.replace:SET",
+    "glora": "vislora.algorithms.glora:GLORA",
+    "oft": "vislora.algorithms.oft:OFT",
+    "boft": "vislora.algorithms.boft:BOFT",
+    "oft_peft": "vislora.algorithms.oft_peft:OFT_PEFT",
+    "ia3": "vislora.algorithms.ia3:IA3",
+}
+ALGORITHMS = Registry("algorithm", _ALGORITHMS)
+TRAINED = Registry(
     "algorithm",
-    {
-        "lora": "vislora.algorithms.lora:LORA",
-        "loha": "vislora.algorithms.loha:LOHA",
-        "lokr": "vislora.algorithms.lokr:LOKR",
-        "full": "vislora.algorithms.full:FULL",
-        "norm": "vislora.algorithms.norm:NORM",
-        "set": "vislora.algorithms.replace:SET",
-        "glora": "vislora.algorithms.glora:GLORA",
-        "oft": "vislora.algorithms.oft:OFT",
-        "boft": "vislora.algorithms.boft:BOFT",
-        "oft_peft": "vislora.algorithms.oft_peft:OFT_PEFT",
-        "ia3": "vislora.algorithms.ia3:IA3",
-    },
+    {name: target for name, target in _ALGORITHMS.items() if name not in ("norm", "set")},
+    aliases={"locon": "lora", "diag-oft": "oft"},
 )
+"""Those that layers can have afresh; the other two are in files only."""
 
 FORMATS = Registry(
     "format",

@@ -10,7 +10,7 @@ import torch
 from tests.layers import CASES, drawn, fresh, goes_on
 from vislora.algorithms.base import KINDS, Algorithm, LayerSpec, apply_weight, fits
 from vislora.errors import ConfigError
-from vislora.registry import ALGORITHMS
+from vislora.registry import ALGORITHMS, TRAINED
 
 EVERY = pytest.mark.parametrize(
     ("algorithm", "case", "tucker"),
@@ -72,7 +72,7 @@ def test_slots_tell_rank_kind_and_algorithm(algorithm: Algorithm, case, tucker):
     assert spec.kind in algorithm.kinds(slots) <= KINDS
     assert slots.keys() <= algorithm.slots
     assert [name for name in ALGORITHMS if ALGORITHMS[name].matches(frozenset(slots))] == [algorithm.name]
-    for missing in slots:
+    for missing in slots.keys() - algorithm.constants:
         assert not algorithm.matches(frozenset(slots) - {missing}) or missing in ("mid", "lokr_t2")
 
 
@@ -80,7 +80,7 @@ def test_slots_tell_rank_kind_and_algorithm(algorithm: Algorithm, case, tucker):
 def test_gradients_of_slots_and_input(algorithm: Algorithm, case, tucker):
     layer, x = case.layer(torch.float64), case.input(torch.float64)
     slots = drawn(layer, algorithm, 2, tucker)
-    learned = [name for name, slot in slots.items() if slot.is_floating_point()]
+    learned = [name for name in slots if name not in algorithm.constants]
     floats = x.is_floating_point()
 
     def run(x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
@@ -109,6 +109,19 @@ def test_a_layer_that_does_not_fit_is_refused_in_words(name):
         with pytest.raises(ConfigError, match=f"algorithm '{name}' "):
             fresh(case.layer(), ALGORITHMS[name])
     assert bool(refused) == (name not in ("lora", "loha", "lokr", "full"))
+    assert (len(refused) < len(CASES)) == (name in TRAINED)
+
+
+@EVERY
+def test_constants_are_single_numbers_that_stay_where_they_are(algorithm: Algorithm, case, tucker):
+    slots = fresh(case.layer(), algorithm, tucker=tucker)
+    moved = algorithm.moved(slots, torch.device("meta"), torch.float16)
+    for name, slot in slots.items():
+        if name in algorithm.constants:
+            assert slot.numel() == 1
+            assert moved[name] is slot
+        else:
+            assert (moved[name].device.type, moved[name].dtype) == ("meta", torch.float16)
 
 
 @NAMES

@@ -159,7 +159,7 @@ def test_help_shows_the_file_s_values_as_defaults(file: str, capsys, monkeypatch
         train("--config", file, "--help")
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    assert "Rank of the low-rank product. (default: 4)" in text
+    assert "ia3 have none. (default: 4)" in text
     assert "(default: from-file)" in text
     assert "(default: None)" not in text
 

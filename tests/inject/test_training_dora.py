@@ -10,10 +10,12 @@ import vislora
 from tests import tiny
 from tests.inject.helpers import as_dora, training
 from vislora.errors import ConfigError
+from vislora.formats.adapter_file import DORA_ON
 from vislora.inject.injection import FreshOptions, inject_fresh
 from vislora.inject.layer import state_of
 from vislora.inject.targets import Target
 from vislora.jobs.modules import adapt, save_adapter
+from vislora.registry import TRAINED
 
 torch.set_num_threads(1)
 DORA = FreshOptions(dora=True)
@@ -108,7 +110,7 @@ def test_outputs_and_gradients_are_pefts():
             torch.testing.assert_close(grad, parameter.grad.reshape(grad.shape), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("algorithm", ["lora", "loha", "lokr"])
+@pytest.mark.parametrize("algorithm", sorted(DORA_ON))
 def test_the_effect_in_training_is_that_of_the_weight(algorithm):
     model, adapters = on_net(algorithm=algorithm)
     as_dora(adapters)
@@ -121,9 +123,12 @@ def test_the_effect_in_training_is_that_of_the_weight(algorithm):
     torch.testing.assert_close(trained, merged(INPUT))
 
 
-@pytest.mark.parametrize("algorithm", ["lora", "loha", "lokr"])
-def test_under_autocast_a_layer_gives_the_type_that_it_gave(algorithm):
-    model, adapters = on_net(algorithm=algorithm)
+@pytest.mark.parametrize(
+    ("algorithm", "dora"),  # five outputs are none for a butterfly
+    [*((name, False) for name in TRAINED if name != "boft"), *((name, True) for name in sorted(DORA_ON))],
+)
+def test_under_autocast_a_layer_gives_the_type_that_it_gave(algorithm, dora):
+    model, adapters = on_net(FreshOptions(dora=dora), algorithm)
     kinds = []
     for path in LAYERS:
         model.get_submodule(path).register_forward_hook(lambda layer, x, out: kinds.append(out.dtype))

@@ -85,5 +85,5 @@ def test_it_can_be_trained_on(model):
 
 
 def test_what_needs_the_weight_says_that_it_is_not_there(model):
-    with pytest.raises(ConfigError, match="does not keep its weight as it is"):
+    with pytest.raises(ConfigError, match="does not keep as it is"):
         inject_fresh(model, "fresh", {"0": Target("", 2)}, FreshOptions(dora=True))

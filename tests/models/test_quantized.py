@@ -140,11 +140,13 @@ def test_adapters_train_on_it_and_leave_it_as_it_was(kind):
     assert torch.equal(prediction(family, "flux"), before)
 
 
-def test_dora_says_why_it_cannot():
+@pytest.mark.parametrize(("name", "algorithm"), [("dora", "lora"), ("oft", "oft"), ("ia3", "ia3"), ("glora", "glora")])
+def test_what_needs_the_base_weight_says_why_it_cannot(name, algorithm):
     model = load_family(tiny.saved("flux"), torch.float32, CPU, quantize="nf4").components["denoiser"]
-    chosen = select(model, [], "attention", Target("", 4))
-    with pytest.raises(ConfigError, match="a Linear4bit, which does not keep its weight as it is"):
-        inject_fresh(model, "fresh", chosen, FreshOptions(dora=True))
+    chosen = select(model, [], "attention", Target("", 4, algorithm=algorithm))
+    reason = f"layer '.*to_q': '{name}' depends on the base weight, which a Linear4bit does not keep as it is"
+    with pytest.raises(ConfigError, match=reason):
+        inject_fresh(model, "fresh", chosen, FreshOptions(dora=name == "dora"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -21,6 +21,7 @@ from vislora.jobs.train import run
 from vislora.models.base import load_family
 from vislora.models.words import LearnedWords
 from vislora.records import Progress
+from vislora.registry import TRAINED
 from vislora.training.loss import DenoisingLoss, LossOptions
 from vislora.training.memory import kept_bytes, module_bytes, optimizer_bytes
 
@@ -30,14 +31,14 @@ CPU = torch.device("cpu")
 FORESEEN = ["sd", "sdxl", "flux", "auraflow", "sana", "z-image", "flux2", "qwen-image"]
 
 
-def made(name, batch=2, rank=4, preset="all"):
+def made(name, batch=2, rank=4, preset="all", algorithm="lora"):
     """Return a family and what its step is made of."""
     family = load_family(tiny.saved(name), torch.float32, CPU)
     side = tiny.side(name)
     with torch.no_grad():
         latents = family.encode_image(torch.zeros(batch, 3, side, side))
         text = family.encode_prompt(["a red cat"] * batch)
-    chosen = {"denoiser": select(family.components["denoiser"], [], preset, Target("", rank))}
+    chosen = {"denoiser": select(family.components["denoiser"], [], preset, Target("", rank, algorithm=algorithm))}
     return family, Step(chosen, FreshOptions(), LossOptions(), {"latents": latents, "text": text}, "adamw")
 
 
@@ -63,6 +64,13 @@ def really_kept(family, step, others=frozenset()):
 @pytest.mark.parametrize("name", FORESEEN)
 def test_what_is_kept_is_counted_without_memory(name):
     family, step = made(name)
+    real = really_kept(family, step)
+    assert estimate(family, step).activations == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.parametrize("algorithm", [name for name in TRAINED if name != "lora"])
+def test_so_it_is_with_every_algorithm(algorithm):
+    family, step = made("sd", algorithm=algorithm)
     real = really_kept(family, step)
     assert estimate(family, step).activations == pytest.approx(real, rel=0.1)
 

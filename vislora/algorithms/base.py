@@ -97,6 +97,7 @@ class Algorithm:
     flat: slots may not tell the kernel; then shape and delta are a matrix, (out, all the rest).
     own_rule(slots): the rule of the scale that these slots have whatever the file says, None when there is no such.
     needs_base: the change depends on the base weight, so that delta cannot do without `base`.
+    constants: slots that are settings, a number each, which Python reads: not learned, and always on the CPU.
     """
 
     name: str
@@ -111,6 +112,16 @@ class Algorithm:
     flat: bool = False
     own_rule: Callable[[Slots], Rule | None] = no_rule
     needs_base: bool = False
+    constants: frozenset[str] = frozenset()
+
+    def moved(self, slots: Slots, device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Return `slots` on a device, those of floating numbers in `dtype` if given; constants stay as they are."""
+        return {
+            name: slot
+            if name in self.constants
+            else slot.to(device, dtype if dtype is not None and slot.is_floating_point() else slot.dtype)
+            for name, slot in slots.items()
+        }
 
     def scale(self, slots: Slots, alpha: float | None, rule: Rule) -> float:
         """Return the factor on the product of `slots`, by their own rule unless `alpha` is said to be the factor."""

@@ -22,7 +22,7 @@ from vislora.algorithms.base import (
     base_weight,
     require_kind,
 )
-from vislora.algorithms.oft import LAYERS, own_rule, rank, rescaled, rotation, skew
+from vislora.algorithms.oft import CONSTANTS, LAYERS, own_rule, rank, rescaled, rotation, skew
 from vislora.errors import ConfigError
 
 SLOTS = frozenset({"boft_blocks", "rescale", "alpha"})
@@ -40,11 +40,13 @@ def init(spec: LayerSpec, options: InitOptions) -> dict[str, Tensor]:
     """
     require_kind("boft", spec, LAYERS)
     out = spec.weight_shape[0]
-    sides = [side for side in range(2, min(options.rank, out) + 1, 2) if out % side == 0 and _power(out // side)]
-    if not sides:
-        raise ConfigError(f"algorithm 'boft' cannot cut {out} outputs into 2^k blocks of at most {options.rank}")
-    blocks = out // sides[-1]
-    return {"boft_blocks": torch.zeros(blocks.bit_length(), blocks, sides[-1], sides[-1])}
+    sides = [side for side in range(2, out + 1, 2) if out % side == 0 and _power(out // side)]
+    fitting = [side for side in sides if side <= options.rank]
+    if not fitting:
+        hint = f"; rank {sides[0]} is the least that fits" if sides else ""
+        raise ConfigError(f"algorithm 'boft' cannot cut {out} outputs into 2^k blocks of at most {options.rank}{hint}")
+    side, blocks = fitting[-1], out // fitting[-1]
+    return {"boft_blocks": torch.zeros(blocks.bit_length(), blocks, side, side), "alpha": torch.tensor(0.0)}
 
 
 def kinds(slots: Slots) -> frozenset[Kind]:
@@ -102,4 +104,5 @@ BOFT = Algorithm(
     flat=True,
     own_rule=own_rule,
     needs_base=True,
+    constants=CONSTANTS,
 )

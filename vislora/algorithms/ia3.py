@@ -22,7 +22,8 @@ from vislora.algorithms.base import (
     require_kind,
 )
 
-SLOTS = frozenset({"weight", "on_input"})
+CONSTANTS = frozenset({"on_input"})
+SLOTS = CONSTANTS | {"weight"}
 LAYERS: frozenset[Kind] = frozenset({"linear", "conv"})
 
 
@@ -89,4 +90,5 @@ IA3 = Algorithm(
     forward=forward,
     own_rule=own_rule,
     needs_base=True,
+    constants=CONSTANTS,
 )

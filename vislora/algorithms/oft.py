@@ -4,7 +4,8 @@ R = (I + Q) (I - Q)^-1 per block, Q = blocks - blocks^T (Qiu et al., arXiv 2306.
 (lycoris/modules/diag_oft.py) and sd-scripts' networks/oft.py have it; both agree. Slots:
 
     oft_blocks (blocks, n, n)   rescale (out, 1, ...), optional: s, a factor per output
-    alpha (), optional: no scale but a constraint. The norm of all of Q is at most alpha * out; 0 or none: no limit
+    alpha (), optional, but LyCORIS wants one: no scale but a constraint. The norm of all of Q is at most alpha * out;
+    0 or none: no limit
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from vislora.algorithms.base import (
 )
 
 SLOTS = frozenset({"oft_blocks", "rescale", "alpha"})
+CONSTANTS = frozenset({"alpha"})
 LAYERS: frozenset[Kind] = frozenset({"linear", "conv"})
 
 
@@ -36,10 +38,10 @@ def matches(names: frozenset[str]) -> bool:
 
 
 def init(spec: LayerSpec, options: InitOptions) -> dict[str, Tensor]:
-    """Return zero blocks, R = I, whose side is the smallest divisor of `out` that is at least `options.rank`."""
+    """Return zero blocks, R = I, without a limit; the side is the smallest divisor of `out` from `options.rank` on."""
     require_kind("oft", spec, LAYERS)
     side = block_size(spec.weight_shape[0], options.rank)
-    return {"oft_blocks": torch.zeros(spec.weight_shape[0] // side, side, side)}
+    return {"oft_blocks": torch.zeros(spec.weight_shape[0] // side, side, side), "alpha": torch.tensor(0.0)}
 
 
 def kinds(slots: Slots) -> frozenset[Kind]:
@@ -118,4 +120,5 @@ OFT = Algorithm(
     flat=True,
     own_rule=own_rule,
     needs_base=True,
+    constants=CONSTANTS,
 )

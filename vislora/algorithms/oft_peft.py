@@ -32,7 +32,8 @@ from vislora.algorithms.base import (
 from vislora.algorithms.oft import LAYERS, own_rule, rank, rotation
 from vislora.errors import AdapterFileError
 
-SLOTS = frozenset({"oft_R", "neumann_terms", "eps"})
+CONSTANTS = frozenset({"neumann_terms", "eps"})
+SLOTS = CONSTANTS | {"oft_R"}
 
 
 def matches(names: frozenset[str]) -> bool:
@@ -124,4 +125,5 @@ OFT_PEFT = Algorithm(
     flat=True,
     own_rule=own_rule,
     needs_base=True,
+    constants=CONSTANTS,
 )

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from vislora.config.base import Section
+from vislora.config.base import OneOf, Section
 from vislora.config.data import DataConfig
 
 Preset = Literal["attention", "attention-ff", "all", "every-layer", "none"]
-Algorithm = Literal["lora", "loha", "lokr"]
+Algorithm = Annotated[str, OneOf("vislora.registry:TRAINED")]
 
 
 class TargetConfig(Section):
@@ -25,6 +25,8 @@ class TargetConfig(Section):
     """Alpha of these layers. Default: the adapter's."""
     algorithm: Algorithm | None = None
     """Algorithm of these layers. Default: the adapter's."""
+    learning_rate: float | None = Field(None, gt=0, le=10)
+    """Peak learning rate of these layers. Default: the optimizer's."""
 
 
 class WordConfig(Section):
@@ -44,7 +46,7 @@ class AdapterConfig(Section):
     preset: Preset = "all"
     """Layers: attention; attention-ff (+ feed-forward); all (+ convs, modulation); every-layer; none (patterns)."""
     rank: int = Field(8, ge=1, le=4096)
-    """Rank of the low-rank product."""
+    """Rank of the low-rank product; of oft, oft_peft and boft the side of their blocks. full and ia3 have none."""
     alpha: float | None = Field(None, gt=0)
     """The effect is scaled by alpha / rank. Default: alpha = rank, a scale of 1."""
     algorithm: Algorithm = "lora"
@@ -60,7 +62,7 @@ class AdapterConfig(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the layer's input left out while training."""
     rank_dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of the rank's channels left out while training; loha and lokr have none and pass it over."""
+    """Share of the rank's channels left out while training; lora alone has such, all others pass it over."""
     module_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of adapter layers left out of a training step."""
     targets: tuple[TargetConfig, ...] = ()

@@ -24,6 +24,8 @@ from vislora.formats.slots import KOHYA_SUFFIXES
 if TYPE_CHECKING:
     from torch import Tensor
 
+LYCORIS_NAMES = {"oft": "diag-oft"}
+"""What LyCORIS calls a kind, where that is another name."""
 # what diffusers' loader reads instead of alpha; beside `.alpha` keys it would be an error there
 NOT_KEPT = ("lora_adapter_metadata",)
 
@@ -157,7 +159,7 @@ def _read_zero_alpha(module: ParsedModule) -> None:
 def _arguments(kinds: set[str]) -> dict[str, str]:
     """Return LyCORIS' setting for the one kind that there is."""
     kind = next(iter(kinds))
-    return {"algo": {"oft": "diag-oft"}.get(kind, kind)} if len(kinds) == 1 and kind != "lora" else {}
+    return {"algo": LYCORIS_NAMES.get(kind, kind)} if len(kinds) == 1 and kind != "lora" else {}
 
 
 def _fresh_metadata(modules: list[Stored], family: str | None, kept: Mapping[str, str]) -> dict[str, str]:

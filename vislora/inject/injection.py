@@ -19,7 +19,7 @@ from vislora.inject.moment import Moment
 from vislora.inject.parts import Dropout, LayerAdapter, takes_lora
 from vislora.inject.stack import Stack, existing_stack, settle, stack_of
 from vislora.inject.targets import PRESETS, Target, unwrapped
-from vislora.registry import ALGORITHMS
+from vislora.registry import ALGORITHMS, TRAINED
 
 MAGNITUDE = "magnitude"
 """What DoRA's is called among the slots of a fresh layer."""
@@ -27,11 +27,15 @@ MAGNITUDE = "magnitude"
 
 @dataclass(frozen=True)
 class Trained:
-    """What the file of a fresh layer needs beside its slots."""
+    """What the file of a fresh layer needs beside its slots. `alpha`: None where the scale is not made of it.
+
+    learning_rate: its own peak, if it has one.
+    """
 
     algorithm: str
-    alpha: float
+    alpha: float | None
     rule: Rule
+    learning_rate: float | None = None
 
 
 class AdapterSet(nn.Module):
@@ -48,7 +52,8 @@ class AdapterSet(nn.Module):
         for path, layer in self._layers.items():
             own = layer.slots if layer.magnitude is None else {**layer.slots, MAGNITUDE: layer.magnitude}
             for slot, tensor in own.items():
-                self.register_parameter(f"{path.replace('.', '/')}:{slot}", tensor)  # type: ignore[arg-type]
+                if isinstance(tensor, nn.Parameter):
+                    self.register_parameter(f"{path.replace('.', '/')}:{slot}", tensor)
         self._ups = [parameter for parameter in self.slots() if not parameter.any()]
         self.train(True)
 
@@ -73,9 +78,15 @@ class AdapterSet(nn.Module):
             for layer in self._layers.values():
                 layer.strengths = (1.0,)
 
+    def by_layer(self) -> Iterator[tuple[str, str, nn.Parameter]]:
+        """Yield (path, slot or "magnitude", parameter) for all of them."""
+        for name, parameter in self.named_parameters():
+            path, _, slot = name.rpartition(":")
+            yield path.replace("/", "."), slot, parameter
+
     def slots(self) -> list[nn.Parameter]:
         """Return all parameters but the magnitudes."""
-        return [item for name, item in self.named_parameters() if not name.endswith(f":{MAGNITUDE}")]
+        return [parameter for _, slot, parameter in self.by_layer() if slot != MAGNITUDE]
 
     def ups(self) -> list[nn.Parameter]:
         """Return the slots that were zero when they were fresh: the up projection, and its like in other algorithms."""
@@ -83,7 +94,7 @@ class AdapterSet(nn.Module):
 
     def magnitudes(self) -> list[nn.Parameter]:
         """Return DoRA's magnitudes: zero is not where they have no effect, so weight decay is not for them."""
-        return [item for name, item in self.named_parameters() if name.endswith(f":{MAGNITUDE}")]
+        return [parameter for _, slot, parameter in self.by_layer() if slot == MAGNITUDE]
 
     def modules_with_slots(self) -> Iterator[tuple[str, Trained, dict[str, Tensor], Tensor | None]]:
         """Yield (path, what the file needs, slots, DoRA's magnitude) per layer, tensors as detached CPU copies."""
@@ -109,15 +120,18 @@ class FreshOptions:
 
 
 def inject_fresh(model: nn.Module, name: str, chosen: Mapping[str, Target], options: FreshOptions) -> AdapterSet:
-    """Freeze `model`, put a fresh zero-effect adapter on the chosen layers and return its trainable parameters."""
+    """Freeze `model`, put a fresh zero-effect adapter on the chosen layers and return its trainable parameters.
+
+    Raises `ConfigError` for a layer that its algorithm, or a magnitude on top of it, does not fit.
+    """
     generator = torch.Generator().manual_seed(options.seed)
     with _changing(model) as stack:
         layers, trained = {}, {}
         for path, target in chosen.items():
-            alpha = float(target.rank if target.alpha is None else target.alpha)
-            layers[path] = fresh = _fresh(stack.index.layers[path], target, alpha, options, generator)
-            fresh.magnitude = _fresh_magnitude(stack.index.layers[path], path) if options.dora else None
-            trained[path] = Trained(target.algorithm, alpha, options.rule)
+            try:
+                layers[path], trained[path] = _fresh(stack.index.layers[path], target, options, generator)
+            except ConfigError as error:
+                raise ConfigError(f"layer '{path}': {error}") from None
         stack.add(name, layers, 1.0)
         stack.freeze(model, name)
     return AdapterSet(layers, trained)
@@ -239,23 +253,31 @@ def _wide(dtype: torch.dtype) -> bool:
 
 
 def _fresh(
-    layer: nn.Module, target: Target, alpha: float, options: FreshOptions, generator: torch.Generator
-) -> LayerAdapter:
-    algorithm: Algorithm = ALGORITHMS[target.algorithm]
+    layer: nn.Module, target: Target, options: FreshOptions, generator: torch.Generator
+) -> tuple[LayerAdapter, Trained]:
+    algorithm: Algorithm = TRAINED[target.algorithm]
     spec = LayerSpec.of(layer)
     assert spec is not None  # the index of the stack holds only such layers
     drawn = algorithm.init(spec, InitOptions(target.rank, options.tucker, options.init, generator))
-    slots: dict[str, Tensor] = {name: nn.Parameter(slot) for name, slot in drawn.items()}
-    return LayerAdapter(algorithm, slots, algorithm.scale(slots, alpha, options.rule), dropout=options.dropout)
+    constants = algorithm.constants
+    slots = {name: slot if name in constants else nn.Parameter(slot) for name, slot in drawn.items()}
+    alpha = float(target.rank if target.alpha is None else target.alpha)
+    fresh = LayerAdapter(algorithm, slots, algorithm.scale(slots, alpha, options.rule), dropout=options.dropout)
+    problem = _unreadable(layer, spec, algorithm.name) if algorithm.needs_base else None
+    if problem:
+        raise ConfigError(problem)
+    if options.dora:
+        fresh.magnitude = _fresh_magnitude(layer, spec)
+    own = algorithm.own_rule(slots) in ("none", "constraint")
+    return fresh, Trained(algorithm.name, None if own else alpha, options.rule, target.learning_rate)
 
 
-def _fresh_magnitude(layer: nn.Module, path: str) -> nn.Parameter:
+def _fresh_magnitude(layer: nn.Module, spec: LayerSpec) -> nn.Parameter:
     """Return the norms of the layer's weight. Raises `ConfigError` for a layer whose weight has none per output."""
-    spec = LayerSpec.of(layer)
-    assert spec is not None  # the index of the stack holds only such layers
     require_kind("dora", spec, frozenset({"linear", "conv"}))
-    if not is_readable(layer, spec):
-        raise ConfigError(f"dora: layer '{path}' is a {_class_name(layer)}, which does not keep its weight as it is")
+    problem = _unreadable(layer, spec, "dora")
+    if problem:
+        raise ConfigError(problem)
     return nn.Parameter(norms(layer.weight.detach().float()).flatten())  # type: ignore[operator]
 
 
@@ -298,10 +320,16 @@ def _unlike(layer: nn.Module, algorithm: Algorithm, module: FileModule, shape: t
         return (
             f"the adapter is for layers of the kind {' or '.join(sorted(kinds))}, the layer is of the kind {spec.kind}"
         )
-    if (algorithm.needs_base or module.magnitude is not None) and not is_readable(layer, spec):
-        name = algorithm.name if module.magnitude is None else "dora"
-        return f"'{name}' depends on the base weight, which a {_class_name(layer)} does not keep as it is"
+    if algorithm.needs_base or module.magnitude is not None:
+        return _unreadable(layer, spec, algorithm.name if module.magnitude is None else "dora")
     return None
+
+
+def _unreadable(layer: nn.Module, spec: LayerSpec, name: str) -> str | None:
+    """Return why what is called `name` cannot be on a layer whose weight it depends on, None when it can."""
+    if is_readable(layer, spec):
+        return None
+    return f"'{name}' depends on the base weight, which a {_class_name(layer)} does not keep as it is"
 
 
 def _unlike_bias(layer: nn.Module, module: FileModule) -> str | None:
@@ -331,12 +359,7 @@ def _layer_adapter(layer: nn.Module, module: FileModule, moment: Moment) -> Laye
     weight: Tensor = layer.weight  # type: ignore[assignment]
     device = weight.device if not weight.is_meta else torch.device("cpu")
     dtype = weight.dtype if _wide(weight.dtype) else None
-    slots = {name: _cast(slot.detach(), device, dtype) for name, slot in module.slots.items()}
+    algorithm: Algorithm = ALGORITHMS[module.algorithm]
+    slots = algorithm.moved({name: slot.detach() for name, slot in module.slots.items()}, device, dtype)
     more = [None if tensor is None else tensor.detach().to(device) for tensor in (module.magnitude, module.bias)]
-    algorithm = ALGORITHMS[module.algorithm]
     return LayerAdapter(algorithm, slots, module.scale, more[0], module.axis, more[1], moment=moment)
-
-
-def _cast(slot: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
-    """Move a slot; one of whole numbers, such as an index, keeps its dtype."""
-    return slot.to(device, dtype if dtype is not None and slot.is_floating_point() else slot.dtype)

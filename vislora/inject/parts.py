@@ -100,10 +100,8 @@ class LayerAdapter:
         """Return the change of the base weight in float32 (float64 for a float64 base), strength included."""
         dtype = torch.promote_types(base.dtype, torch.float32)
         wide = base.to(dtype)
-        slots = {
-            name: slot.detach().to(base.device, dtype if slot.is_floating_point() else slot.dtype)
-            for name, slot in self.slots.items()
-        }
+        still = {name: slot.detach() for name, slot in self.slots.items()}
+        slots = self.algorithm.moved(still, base.device, dtype)
         strength = self.strengths[0]
         if not self.slots:
             return torch.zeros_like(wide)
@@ -123,7 +121,8 @@ class LayerAdapter:
         slots = self._slots_for(base_out)
         if autocasts(x):
             return self._forward(x, base_out, slots, strength, layer, rank_dropout)
-        dtype = next(slot.dtype for slot in slots.values() if slot.is_floating_point())
+        constants = self.algorithm.constants
+        dtype = next(slot.dtype for name, slot in slots.items() if slot.is_floating_point() and name not in constants)
         x = x.to(dtype) if x.is_floating_point() else x
         return self._forward(x, base_out.to(dtype), slots, strength, layer, rank_dropout).to(base_out.dtype)
 
@@ -155,9 +154,9 @@ class LayerAdapter:
 
     def _slots_for(self, out: Tensor) -> dict[str, Tensor]:
         """Return the slots on the device of `out`. Frozen slots follow the model for good; trained ones stay put."""
-        if all(slot.device == out.device for slot in self.slots.values()):
+        if all(slot.device == out.device for name, slot in self.slots.items() if name not in self.algorithm.constants):
             return self.slots
-        moved = {name: slot.to(out.device) for name, slot in self.slots.items()}
+        moved = self.algorithm.moved(self.slots, out.device)
         if not any(slot.requires_grad for slot in self.slots.values()):
             self.slots = moved
         return moved

@@ -50,12 +50,16 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Target:
-    """A pattern and what its layers get. `rank` 0 leaves the layers out; `alpha` None means alpha = rank."""
+    """A pattern and what its layers get. `rank` 0 leaves the layers out; `alpha` None means alpha = rank.
+
+    learning_rate: a peak of their own, None where they have that of all.
+    """
 
     pattern: str
     rank: int
     alpha: float | None = None
     algorithm: str = "lora"
+    learning_rate: float | None = None
 
 
 def select(model: nn.Module, targets: Sequence[Target], preset: str, default: Target) -> dict[str, Target]:

@@ -16,6 +16,7 @@ from vislora.data.dataset import counts
 from vislora.data.scan import Example, dataset_hash
 from vislora.errors import ConfigError, listed
 from vislora.formats.adapter_file import AdapterFile, AdapterModule
+from vislora.formats.kohya import LYCORIS_NAMES
 from vislora.formats.names import FAMILY_NAMES, canonical
 from vislora.formats.writing import unwritable
 from vislora.inject.injection import AdapterSet
@@ -24,8 +25,9 @@ from vislora.jobs.plan import Plan
 from vislora.jobs.recipes import versions
 from vislora.models.base import Family
 from vislora.models.words import PLAIN, LearnedWords
-from vislora.registry import FORMATS
+from vislora.registry import ALGORITHMS, FORMATS
 
+CPU = torch.device("cpu")
 A1111 = "string_to_param.*"
 """The slot of a word for the only text encoder of a base, as A1111 reads it within an adapter."""
 
@@ -80,7 +82,7 @@ def modules_of(adapters: Mapping[str, AdapterSet], dtype: torch.dtype) -> list[A
             path=canonical(path) if component.startswith("te:clip") else path,
             raw_name="",
             algo=meta.algorithm,
-            tensors={slot: tensor.to(dtype) for slot, tensor in slots.items()},
+            tensors=ALGORITHMS[meta.algorithm].moved(slots, CPU, dtype),
             alpha=meta.alpha,
             rule=meta.rule,
             magnitude=magnitude,
@@ -100,13 +102,15 @@ def require_writable(
     generator = torch.Generator().manual_seed(0)
     for module in modules:  # what is zero in all of them, and so the same, will be so no longer
         module.tensors = {
-            slot: torch.rand(tensor.shape, generator=generator).to(tensor) for slot, tensor in module.tensors.items()
+            slot: torch.rand(tensor.shape, generator=generator).to(tensor) if tensor.dim() else tensor
+            for slot, tensor in module.tensors.items()
         }
     made = AdapterFile(modules=modules, embeddings=_embeddings(words, plan), family=family.card.name)
     losses = unwritable(made, form)
     if losses:
         able = [other for other in FORMATS if FORMATS[other].writable and not unwritable(made, other)]
-        hint = f"; what can: --format {' or '.join(able)}" if able else ""
+        other = "leave those layers out: adapter.targets, rank = 0"
+        hint = f"; what can: --format {' or '.join(able)}" if able else f"; {other}"
         raise ConfigError(listed(f"format: a {form} file cannot hold the adapter{hint}", map(str, losses)))
 
 
@@ -158,7 +162,7 @@ def _ss(plan: Plan, trained: Trained, name: str, step: int) -> dict[str, str]:
     has_conv = adapter.preset in ("all", "every-layer")
     network_args = {"conv_dim": str(adapter.rank), "conv_alpha": str(alpha)} if has_conv else {}
     plain = adapter.algorithm == "lora" and not adapter.dora
-    network_args |= {} if plain else {"algo": adapter.algorithm}
+    network_args |= {} if plain else {"algo": LYCORIS_NAMES.get(adapter.algorithm, adapter.algorithm)}
     network_args |= {"dora_wd": "True", "wd_on_output": "True"} if adapter.dora else {}
     values: dict[str, Any] = {
         "output_name": name,

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from vislora.config.train import TrainConfig
 from vislora.errors import AdapterMismatchError, ConfigError
+from vislora.formats.adapter_file import DORA_ON
 from vislora.formats.names import FAMILY_NAMES
 from vislora.inject.injection import AdapterSet, FreshOptions, eject, inject_fresh
 from vislora.inject.parts import Dropout
@@ -61,7 +62,10 @@ def learning_words(config: TrainConfig, family: Family, captions: Sequence[str])
 
 
 def chosen_layers(config: TrainConfig, family: Family) -> dict[str, dict[str, Target]]:
-    """Return component -> path -> target of every layer that is trained."""
+    """Return component -> path -> target of every layer that is trained.
+
+    Raises `ConfigError` for a pattern without layers, and for magnitudes on what cannot have them.
+    """
     adapter = config.adapter
     default = Target("", adapter.rank, adapter.alpha, adapter.algorithm)
     targets = [
@@ -70,6 +74,7 @@ def chosen_layers(config: TrainConfig, family: Family) -> dict[str, dict[str, Ta
             adapter.rank if item.rank is None else item.rank,
             adapter.alpha if item.alpha is None else item.alpha,
             item.algorithm or adapter.algorithm,
+            item.learning_rate,
         )
         for item in adapter.targets
     ]
@@ -77,6 +82,10 @@ def chosen_layers(config: TrainConfig, family: Family) -> dict[str, dict[str, Ta
     if adapter.text_encoders:
         for component in _text_encoders(family):
             chosen[component] = select(family.components[component], [], "attention-ff", default)
+    kinds = {target.algorithm for layers in chosen.values() for target in layers.values()}
+    if adapter.dora and not kinds <= DORA_ON:
+        fitting = ", ".join(sorted(DORA_ON))
+        raise ConfigError(f"adapter.dora: goes with {fitting}, and not with {min(kinds - DORA_ON)}")
     return chosen
 
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from vislora.config.train import TrainConfig
 from vislora.data.scan import dataset_hash
 from vislora.diffusion import Timesteps
-from vislora.inject.injection import AdapterSet
+from vislora.inject.injection import MAGNITUDE, AdapterSet
 from vislora.jobs.adapter_files import Trained
 from vislora.jobs.datasets import Prepared
 from vislora.jobs.plan import Plan
@@ -98,15 +99,18 @@ def assemble(
 
 
 def _groups(plan: Plan, adapters: Mapping[str, AdapterSet]) -> Iterator[ParameterGroup]:
-    """Yield what shares a rate. With LoRA+ what starts at zero has a higher one, else it is with the rest."""
+    """Yield what shares a rate, and decays or not; with LoRA+ what starts at zero has a higher one."""
     ratio = plan.config.optimizer.lora_plus_ratio
     for name, parts in adapters.items():
         rate = plan.learning_rate if name == "denoiser" else plan.text_learning_rate
-        ups = parts.ups() if ratio != 1.0 else []
-        faster = {id(parameter) for parameter in ups}
-        yield ParameterGroup([parameter for parameter in parts.slots() if id(parameter) not in faster], rate)
-        yield ParameterGroup(ups, rate * ratio)
-        yield ParameterGroup(parts.magnitudes(), rate, decays=False)
+        ups = {id(parameter) for parameter in parts.ups()}
+        groups: dict[tuple[float, bool], list[nn.Parameter]] = {(rate, True): []}  # first: its rate is what is shown
+        for path, slot, parameter in parts.by_layer():
+            own = parts.trained[path].learning_rate or rate
+            key = own * (ratio if id(parameter) in ups else 1.0), slot != MAGNITUDE
+            groups.setdefault(key, []).append(parameter)
+        for (peak, decays), parameters in groups.items():
+            yield ParameterGroup(parameters, peak, decays)
 
 
 def loss_options(config: TrainConfig) -> LossOptions:
