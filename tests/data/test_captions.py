@@ -4,7 +4,8 @@ import pytest
 from data_helpers import make_image
 
 from vislora.data.captions import caption_from_name, tag_orders, with_trigger
-from vislora.data.scan import scan
+from vislora.data.dataset import counts
+from vislora.data.scan import captions_of, dataset_hash, scan
 from vislora.data.subsets import Subset
 from vislora.errors import DataError
 
@@ -39,6 +40,31 @@ def test_lines_are_joined_and_that_is_noted(folder):
     result = scan(folder)
     assert result.examples[0].caption == "one two"
     assert any("joined to one: a.txt" in note for note in result.notes)
+
+
+def test_each_line_may_be_a_caption_of_its_own(folder):
+    (folder / "a.txt").write_text("a red  apple on a table\n\n apple \nsks, fruit\napple\n")
+    (folder / "b.txt").write_text("a pear")
+    found = scan(folder, each_line=True, subsets=[Subset("*", 1, "sks")])
+    apple, pear = found.examples
+    assert apple.captions == ("sks, a red apple on a table", "sks, apple", "sks, fruit")
+    assert (apple.caption, pear.captions) == (apple.captions[0], ("sks, a pear",))
+    assert not any("joined" in note for note in found.notes)
+    assert captions_of(found.examples) == [*apple.captions, "sks, a pear"]
+    assert counts(found.examples, {})["captions"] == 4
+    (folder / "a.txt").write_text("a red apple on a table\nplum\nsks, fruit")
+    other = scan(folder, each_line=True, subsets=[Subset("*", 1, "sks")]).examples
+    assert dataset_hash(other) != dataset_hash(found.examples)
+
+
+def test_a_list_in_metadata_is_read_like_lines(folder):
+    lines = [{"file_name": "a.png", "text": ["one", "two"]}, {"file_name": "b.png", "text": []}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "b.txt").write_text("three")
+    assert [example.captions for example in scan(folder, each_line=True).examples] == [("one", "two"), ("three",)]
+    assert captions(folder)["a.png"] == "one two"
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": ["one", 2]}))
+    assert "metadata.jsonl: line 1: the caption is int, not text" in problems(folder)
 
 
 @pytest.mark.parametrize(

@@ -437,25 +437,50 @@ def test_seeds_that_torch_cannot_take(seed, tmp_path):
     assert config(tmp_path, seed=2**63 - 1)
 
 
-@pytest.mark.parametrize("text_encoders", [False, True])
-def test_tags_take_other_places_at_other_visits(text_encoders, tmp_path, monkeypatch):
-    seen = []
+@pytest.fixture
+def seen(monkeypatch):
+    """Return the batches that the loss is given."""
+    batches = []
     forward = DenoisingLoss.forward
 
     def watched(module, batch, generator):
-        seen.extend(batch["captions"])
+        batches.append(batch)
         return forward(module, batch, generator)
 
     monkeypatch.setattr(DenoisingLoss, "forward", watched)
+    return batches
+
+
+def captions_in(batches, of=""):
+    return [caption for batch in batches for caption in batch[f"{of}captions"]]
+
+
+@pytest.mark.parametrize("text_encoders", [False, True])
+def test_an_image_is_seen_with_each_of_its_captions(text_encoders, tmp_path, seen):
+    image_folder(tmp_path / "images", 2)
+    (tmp_path / "images" / "0.txt").write_text("a red cat, ink\ncat, ink\nred, cat, ink")
+    (tmp_path / "images" / "1.txt").write_text("a dog, ink")
+    how = {"adapter__text_encoders": text_encoders, "loop__steps": 24, "loop__batch_size": 1}
+    prior = {"replace": {", ink": [""]}}
+    trained(tmp_path, "sd", data__caption_lines="each", data__tag_orders=6, data__keep_tags=0, prior=prior, **how)
+    cats = [caption for caption in captions_in(seen) if "cat" in caption]
+    written = [{"a red cat", "ink"}, {"cat", "ink"}, {"red", "cat", "ink"}]
+    assert all(any(set(each.split(", ")) == tags for each in cats) for tags in written)
+    assert len(set(cats)) > 4  # in other orders too
+    assert set(captions_in(seen, "prior_")) == {"a red cat", "cat", "red, cat", "a dog"}
+
+
+@pytest.mark.parametrize("text_encoders", [False, True])
+def test_tags_take_other_places_at_other_visits(text_encoders, tmp_path, seen):
     image_folder(tmp_path / "images", 1)
     (tmp_path / "images" / "0.txt").write_text("red, round, bright")
     how = {"adapter__text_encoders": text_encoders, "loop__steps": 12, "loop__batch_size": 1}
     trained(tmp_path, "sd", data__trigger="sks", data__tag_orders=20, **how)
-    learned = [caption for caption in seen if caption.startswith("sks")]
+    learned = [caption for caption in captions_in(seen) if caption.startswith("sks")]
     assert {tuple(sorted(caption.split(", "))) for caption in learned} == {("bright", "red", "round", "sks")}
     assert 3 <= len(set(learned)) <= 6
     seen.clear()
     trained(tmp_path, "sd", output=tmp_path / "less", data__tag_orders=20, data__tag_dropout=0.5, **how)
-    assert len({len(caption.split(", ")) for caption in seen}) > 1
+    assert len({len(caption.split(", ")) for caption in captions_in(seen)}) > 1
     with pytest.raises(ConfigError, match=r"data\.tag_dropout: tags are left out of other orders"):
         trained(tmp_path, "sd", output=tmp_path / "none", data__tag_dropout=0.5, **how)

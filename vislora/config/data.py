@@ -50,6 +50,9 @@ class DataConfig(Section):
     captions: Literal["auto", "txt", "metadata", "filename"] = "auto"
     """Where captions come from: text files beside the images, metadata.jsonl or .csv, both of these, or file names."""
 
+    caption_lines: Literal["joined", "each"] = "joined"
+    """What the lines of a caption are: one caption together, or each one of its own, another at each visit."""
+
     trigger: str | None = None
     """A word put before every caption that does not have it yet."""
 

@@ -21,12 +21,12 @@ SOURCES = ("auto", "txt", "metadata", "filename")
 
 @dataclass
 class Captions:
-    """What was found. `texts`: image -> caption, never empty. `empty`: image -> why its caption has no words.
+    """What was found. `texts`: image -> its captions, none empty. `empty`: image -> why its caption has no words.
 
     `problems`: lines that must be mended; `notes`: lines that should be seen.
     """
 
-    texts: dict[Path, str] = field(default_factory=dict)
+    texts: dict[Path, tuple[str, ...]] = field(default_factory=dict)
     empty: dict[Path, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -34,29 +34,33 @@ class Captions:
 
 @dataclass
 class _Found:
-    """Every text that some file gives for an image, with that file's name."""
+    """Every text that some file gives for an image, as its captions, with that file's name."""
 
     result: Captions
-    texts: dict[Path, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
+    each_line: bool
+    texts: dict[Path, list[tuple[str, tuple[str, ...]]]] = field(default_factory=lambda: defaultdict(list))
     joined: list[str] = field(default_factory=list)
     unreadable: set[Path] = field(default_factory=set)
 
     def add(self, image: Path, origin: str, text: str) -> None:
-        if "\n" in text.strip():
+        lines = [words for line in text.splitlines() if (words := " ".join(line.split()))]
+        if len(lines) > 1 and not self.each_line:
             self.joined.append(origin)
-        self.texts[image].append((origin, " ".join(text.split())))
+            lines = [" ".join(lines)]
+        self.texts[image].append((origin, tuple(dict.fromkeys(lines))))
 
 
-def read_captions(listing: Listing, source: str = "auto") -> Captions:
-    """Find the caption of every image of `listing`; nothing is raised for a bad file, all are in `problems`.
+def read_captions(listing: Listing, source: str = "auto", each_line: bool = False) -> Captions:
+    """Find the captions of every image of `listing`; nothing is raised for a bad file, all are in `problems`.
 
-    `source`: `auto` (metadata and text files), `txt`, `metadata` or `filename`. The lines of a caption are joined by
-    spaces. A text file belongs to `a.png` when it is `a.txt`, `a.caption` or `a.png.txt`.
+    `source`: `auto` (metadata and text files), `txt`, `metadata` or `filename`. `each_line`: every line is a caption of
+    its own; else they are joined by spaces. A text file belongs to `a.png` when it is `a.txt`, `a.caption` or
+    `a.png.txt`.
     Raises `DataError` for an unknown `source`.
     """
     if source not in SOURCES:
         raise DataError(f"unknown caption source '{source}'; use {', '.join(SOURCES)}")
-    found = _Found(Captions())
+    found = _Found(Captions(), each_line)
     if source == "filename":
         for image in listing.images:
             found.add(image, "its name", caption_from_name(image))
@@ -170,7 +174,9 @@ def _note_unread(listing: Listing, found: _Found, source: str) -> None:
         found.result.notes.append(f"{len(unread)} caption file(s) not read, as captions = '{source}': {names}")
     if found.joined:
         names = shortened(dict.fromkeys(found.joined))
-        found.result.notes.append(f"captions of several lines were joined to one: {names}")
+        found.result.notes.append(
+            f"captions of several lines were joined to one: {names}; data.caption_lines = 'each' has each line for one"
+        )
 
 
 def _settled(listing: Listing, found: _Found) -> Captions:
@@ -178,7 +184,7 @@ def _settled(listing: Listing, found: _Found) -> Captions:
     result = found.result
     for image in listing.images:
         origins = found.texts.get(image, [])
-        texts = {text: origin for origin, text in reversed(origins) if text}
+        texts = {lines: origin for origin, lines in reversed(origins) if lines}
         if len(texts) > 1:
             files = " and ".join(sorted(texts.values()))
             result.problems.append(f"{listing.name(image)}: different captions in {files}; keep one")

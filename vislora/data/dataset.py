@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from vislora.data.captions import at_end
 from vislora.data.draws import draw
 from vislora.data.encode import View
 from vislora.data.sampler import Batch, Sampler
-from vislora.data.scan import Example
+from vislora.data.scan import Example, captions_of
 from vislora.errors import DataError
 
 
@@ -27,7 +27,8 @@ class TrainingSet(Dataset):
 
     `views`: as `encode.views` returned them. `text_keys`: caption -> key, as `cache_texts` returned it, or None when
     the text encoders are trained and need the captions themselves. `caption_dropout`: the chance, 0 to 1, that an
-    example is seen with the empty caption. `orders`: caption -> what is seen in its place, another at each visit.
+    example is seen with the empty caption; else each visit shows one of its captions, drawn anew. `orders`: caption ->
+    what is seen in its place, another at each visit.
     `priors`: caption -> those for which the base's prediction is kept, or None. `prior_views`: the images on which it
     is kept, with captions of their own; empty: the examples themselves, with `priors`. `sources`: for each example the
     views of its source image, as many as its own, or None. `seen`: the text encoder sees them too, so that `text_keys`
@@ -62,7 +63,9 @@ class TrainingSet(Dataset):
         fitting = [number for number, view in enumerate(self.views[index]) if view.bucket == bucket]
         chosen = fitting[int(draw(self.seed, visit, "view", index) * len(fitting))]
         view, source = self.views[index][chosen], None if self.sources is None else self.sources[index][chosen]
-        caption = self._caption(view.example.caption, visit, index)
+        captions = view.example.captions
+        written = captions[int(draw(self.seed, visit, "line", index) * len(captions))]
+        caption = self._caption(written, visit, index)
         found = {**self._image(view), "caption": caption, "text": self._text(caption, source)}
         if source is not None:
             found["source"] = self._image(source)["latents"]
@@ -72,7 +75,7 @@ class TrainingSet(Dataset):
             there = at_end(caption, end)
             found |= {f"{name}_caption": there, f"{name}_text": self._text(there, source)}
         if self.priors is not None or self.prior_views:
-            others = (self.priors or {}).get(view.example.caption, ())
+            others = (self.priors or {}).get(written, ())
             found |= self._prior(others, source, draw(self.seed, visit, "prior", index))
         return found
 
@@ -172,12 +175,12 @@ def _features(items: Sequence[Mapping[str, Tensor] | None]) -> dict[str, Tensor 
     }
 
 
-def counts(examples: Iterable[Example], buckets: Mapping[Bucket, Sequence[int]]) -> dict[str, int]:
+def counts(examples: Sequence[Example], buckets: Mapping[Bucket, Sequence[int]]) -> dict[str, int]:
     """Return the figures for an adapter's metadata: images, different captions, images without one, buckets."""
     captions = [example.caption for example in examples]
     return {
         "images": len(captions),
-        "captions": len(set(captions) - {""}),
+        "captions": len(set(captions_of(examples)) - {""}),
         "uncaptioned": captions.count(""),
         "buckets": len(buckets),
     }

@@ -1,6 +1,7 @@
 """Captions from `metadata.jsonl` or `metadata.csv`, as Hugging Face's image folders have them.
 
 Lines: `{"file_name": "a.png", "text": "a red apple"}`, or the columns `file_name,text`; `caption` is read like `text`.
+A list of texts in JSON is read like one text of several lines.
 """
 
 from __future__ import annotations
@@ -84,6 +85,8 @@ def _entry(value: Any) -> tuple[str, str]:
         raise Malformed(f"neither text nor caption (found: {', '.join(map(str, value))})")
     if len(texts) == 2 and texts[0] != texts[1]:
         raise Malformed("both text and caption, and they differ; keep one")
-    if not isinstance(texts[0], (str, type(None))):
-        raise Malformed(f"the caption is {type(texts[0]).__name__}, not text")
-    return name.strip().replace("\\", "/"), texts[0] or ""
+    lines = texts[0] if isinstance(texts[0], list) else [texts[0] or ""]
+    for line in lines:
+        if not isinstance(line, str):
+            raise Malformed(f"the caption is {type(line).__name__}, not text")
+    return name.strip().replace("\\", "/"), "\n".join(lines)

@@ -29,7 +29,7 @@ _THREADS = min(4, os.cpu_count() or 1)
 class Example:
     """An image with its caption. `width`, `height`: upright, in pixels; `sha256`: of the file's bytes.
 
-    `repeats`: how often it is seen in an epoch.
+    `repeats`: how often it is seen in an epoch. `more_captions`: further ones that it is seen with.
     """
 
     path: Path
@@ -38,6 +38,12 @@ class Example:
     height: int
     sha256: str
     repeats: int = 1
+    more_captions: tuple[str, ...] = ()
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All captions, as they are written."""
+        return self.caption, *self.more_captions
 
 
 @dataclass(frozen=True)
@@ -65,13 +71,15 @@ def scan(
     folder: str | Path,
     *,
     captions: CaptionSource = "auto",
+    each_line: bool = False,
     subsets: Sequence[Subset] = (),
     allow_missing_captions: bool = False,
     skip_bad: bool = False,
     recursive: bool = True,
 ) -> ScanResult:
-    """Read every image of `folder` and its caption; each is decoded once, and none is kept in memory.
+    """Read every image of `folder` and its captions; each is decoded once, and none is kept in memory.
 
+    `captions`, `each_line`: as in `read_captions`.
     The first of `subsets` that fits decides on repeats and trigger; a trigger is put before every caption that does not
     have it as a word. `allow_missing_captions` gives images without a caption the empty one (or the trigger alone).
     `skip_bad` leaves bad images out instead of failing.
@@ -85,7 +93,7 @@ def scan(
     checked = check_images(listing.images)
     bad = [(item.path, item.bad) for item in checked if item.bad]
     bad += [(path, f"{path.suffix} is not supported; save it as PNG, JPEG or WebP") for path in listing.unsupported]
-    found = read_captions(listing, captions)
+    found = read_captions(listing, captions, each_line)
     left_out = {path for path, _ in bad} if skip_bad else set()
     missing = {path: why for path, why in found.empty.items() if path not in left_out}
     _raise_problems(listing, found, [] if skip_bad else bad, {} if allow_missing_captions else missing)
@@ -95,7 +103,7 @@ def scan(
     names = [listing.name(item.path) for item in usable]
     require_images(subsets, names)
     examples = [
-        _example(item, found.texts.get(item.path, ""), subset_of(name, subsets))
+        _example(item, found.texts.get(item.path, ("",)), subset_of(name, subsets))
         for item, name in zip(usable, names, strict=True)
     ]
     notes = _notes(listing, found, usable, missing)
@@ -106,14 +114,19 @@ def scan(
     return ScanResult(examples, bad, notes)
 
 
-def _example(item: Checked, text: str, subset: Subset) -> Example:
-    caption = with_trigger(text, subset.trigger)
-    return Example(item.path, caption, item.width, item.height, item.sha256, subset.repeats)
+def _example(item: Checked, texts: tuple[str, ...], subset: Subset) -> Example:
+    caption, *more = (with_trigger(text, subset.trigger) for text in texts)
+    return Example(item.path, caption, item.width, item.height, item.sha256, subset.repeats, tuple(more))
+
+
+def captions_of(examples: Iterable[Example]) -> list[str]:
+    """Return all captions of `examples`, in their order."""
+    return [caption for example in examples for caption in example.captions]
 
 
 def dataset_hash(examples: Iterable[Example]) -> str:
     """Return a SHA-256 over the images' and captions' contents in their order; paths do not enter."""
-    lines = (f"{example.sha256} {example.caption!r}" for example in examples)
+    lines = (f"{example.sha256} {' '.join(map(repr, example.captions))}" for example in examples)
     return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()
 
 

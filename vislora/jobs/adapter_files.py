@@ -13,7 +13,7 @@ import torch
 
 from vislora.data.buckets import Bucket
 from vislora.data.dataset import counts
-from vislora.data.scan import Example, dataset_hash
+from vislora.data.scan import Example, captions_of, dataset_hash
 from vislora.errors import ConfigError, listed
 from vislora.formats.adapter_file import AdapterFile, AdapterModule
 from vislora.formats.kohya import LYCORIS_NAMES
@@ -223,5 +223,5 @@ def _by_folder(examples: Sequence[Example]) -> dict[str, list[Example]]:
 
 
 def _tags(examples: Sequence[Example]) -> dict[str, int]:
-    tags = (tag.strip() for example in examples for tag in example.caption.split(","))
+    tags = (tag.strip() for caption in captions_of(examples) for tag in caption.split(","))
     return dict(Counter(tag for tag in tags if tag).most_common(200))

@@ -20,7 +20,7 @@ from vislora.data.encode import View, cache_latents, cache_texts, views
 from vislora.data.masks import find_masks, mask_views, require_some, shrunk
 from vislora.data.pairs import find_sources, source_views
 from vislora.data.sampler import Batch, Sampler, batches
-from vislora.data.scan import Example, ScanResult, scan
+from vislora.data.scan import Example, ScanResult, captions_of, scan
 from vislora.data.subsets import Subset
 from vislora.errors import ConfigError
 from vislora.jobs.drawing import draw_pictures
@@ -85,12 +85,13 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
     shown = source_views(wanted, sources) if sources else None
     masks, learned_parts = yield from _masks(plan, found, wanted, cache)
     at_once = images_at_once(plan.largest)
-    priors = prior_captions([example.caption for example in _in(learned, examples)], config.prior)
+    written = captions_of(_in(learned, examples))
+    priors = prior_captions(written, config.prior)
     pictures = yield from prior_pictures(plan, family, folder, cache, priors)
     kept = prior_views(pictures, plan, family, _image_fingerprint(family))
     with vae_as(family, torch.float32):
         yield from cache_latents(cache, [*wanted, *(shown or []), kept], family.encode_image, batch_size=at_once)
-    orders = _orders(plan, [example.caption for example in _in(learned, examples)])
+    orders = _orders(plan, written)
     seen = shown if family.traits.source == "latents and text" else None
     keys = None
     if not config.adapter.reads:
@@ -121,6 +122,7 @@ def _scanned(
         found = scan(
             data.folder,
             captions=data.captions,
+            each_line=data.caption_lines == "each",
             subsets=_subsets(data),
             allow_missing_captions=data.allow_missing_captions,
             skip_bad=data.skip_bad,
@@ -135,7 +137,7 @@ def _scanned(
     notes += size_notes(found.examples, buckets, len({plan.resolution, *data.more_resolutions}))
     for line in notes:
         yield Note(line)
-    captions = [example.caption for example in found.examples]
+    captions = captions_of(found.examples)
     yield from _told(family, [*captions, *(at_end(each, end) for end in slider.ends.values() for each in captions)])
     return found, buckets
 
@@ -223,11 +225,12 @@ def _texts(
     """Return, by their names, all texts that training reads, those of priors and ends too; with what is seen."""
     texts: Texts = {}
     for index, its_views in enumerate(wanted):
-        caption = its_views[0].example.caption
-        here = ["", caption, *orders.get(caption, ())]
+        captions = its_views[0].example.captions
+        here = ["", *captions, *(text for caption in captions for text in orders.get(caption, ()))]
         there = [at_end(text, end) for end in ends.values() for text in here]
         for source in [None] if sources is None else sources[index]:
-            for text in (*here, *there, *(priors or {}).get(caption, ())):
+            kept = [text for caption in captions for text in (priors or {}).get(caption, ())]
+            for text in (*here, *there, *kept):
                 texts[text_name(text, source)] = text, source
     return texts
 

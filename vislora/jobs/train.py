@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from vislora import formats
 from vislora.config.train import TrainConfig
+from vislora.data.scan import captions_of
 from vislora.errors import VisloraError
 from vislora.inject.injection import summary
 from vislora.inject.targets import Target
@@ -76,7 +77,7 @@ def run(config: TrainConfig) -> Iterator[Record]:
         chosen = chosen_layers(config, family)
         resting = _rested(config, family, accelerator.device)
         yield from _memory(plan, family, data, chosen, resting)
-        captions = [example.caption for example in data.examples]
+        captions = captions_of(data.examples)
         with injected(config, family, chosen) as adapters, learning_words(config, family, captions) as words:
             require_writable(adapters, words, plan, family)
             for line in summary(family.components, adapters):
