@@ -22,6 +22,7 @@ from vislora.jobs.stacks import label_once
 from vislora.jobs.strengths import declared
 from vislora.jobs.studio import Job, Picture, Studio, batches, free_numbers, make, open_studio, save_numbered
 from vislora.models.base import Family
+from vislora.models.emphasis import as_read, has_weights, reads_weights
 from vislora.models.sampling import Sampling, Shot, cut_off, picture_step, pipeline_for
 from vislora.models.schedulers import scheduler_for
 from vislora.records import Done, Note, Progress, Record, result
@@ -64,7 +65,9 @@ def run(config: GenerateConfig) -> Iterator[Record]:
     ]
     if config.negative_prompt and not studio.family.card.negative_prompt:
         yield Note("negative_prompt: this base reads none; it has no effect", "warning")
-    for end in cut_off(studio.family, said):
+    if any(map(has_weights, said)) and not reads_weights(studio.family):
+        yield Note("this base reads the weights in prompts as text", "warning")
+    for end in cut_off(studio.family, [prompt.text for prompt in as_read(studio.family, said)]):
         yield Note(f"a prompt is too long for this base; not read: '{end}'", "warning")
     if config.explain:
         yield from _explained(studio, jobs, studio.at_once(config.batch_size))

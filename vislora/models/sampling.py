@@ -14,6 +14,7 @@ from torch import nn
 
 from vislora.errors import ConfigError
 from vislora.models.base import Card, Family, quiet, tokenizers_of
+from vislora.models.emphasis import as_read, emphasised
 from vislora.models.parts import image_step
 from vislora.models.schedulers import scheduler_for
 
@@ -48,17 +49,19 @@ def make_images(
     """Yield the PIL images of each batch of `shots` in order. The family's own scheduler is put back afterwards.
 
     `source`: the image to edit or to start from, for every shot; where the text encoder sees it too, `batch_size` must
-    be 1. Raises `ConfigError` as `pipeline_for` does.
+    be 1. Weights in prompts: see `models.emphasis`. Raises `ConfigError` as `pipeline_for` and `weighed` do.
     """
     pipeline = pipeline_for(family, source is not None, how)
     for start in range(0, len(shots), batch_size):
         batch = shots[start : start + batch_size]
-        with quiet(), torch.inference_mode(), _scheduler(family, how.scheduler):
+        prompts = as_read(family, [shot.prompt for shot in batch])
+        against = as_read(family, [shot.negative_prompt for shot in batch])
+        with quiet(), torch.inference_mode(), _scheduler(family, how.scheduler), emphasised(family, prompts, against):
             pipeline.scheduler = family.pipeline.scheduler
             asked = {**_sized(family, pipeline, how), **_shown(how, source, len(batch))}
-            asked |= _guided(family.card, [shot.negative_prompt for shot in batch], how)
+            asked |= _guided(family.card, [prompt.text for prompt in against], how)
             made = pipeline(
-                prompt=[shot.prompt for shot in batch],
+                prompt=[prompt.text for prompt in prompts],
                 generator=[torch.Generator("cpu").manual_seed(shot.seed) for shot in batch],
                 num_inference_steps=how.steps,
                 **asked,
