@@ -21,6 +21,7 @@ from vislora.formats.names import FAMILY_NAMES, canonical
 from vislora.formats.writing import unwritable
 from vislora.inject.injection import AdapterSet
 from vislora.jobs.devices import DTYPES
+from vislora.jobs.fresh import Learned
 from vislora.jobs.plan import Plan
 from vislora.jobs.recipes import versions
 from vislora.models.base import Family
@@ -44,18 +45,11 @@ class Trained:
     started: float
 
 
-def adapter_file(
-    adapters: Mapping[str, AdapterSet],
-    words: LearnedWords | None,
-    plan: Plan,
-    trained: Trained,
-    name: str,
-    step: int,
-) -> AdapterFile:
+def adapter_file(learned: Learned, plan: Plan, trained: Trained, name: str, step: int) -> AdapterFile:
     """Return the adapter as it is now, tensors copied."""
     return AdapterFile(
-        modules=modules_of(adapters, DTYPES[plan.config.save_precision]),
-        embeddings=_embeddings(words, plan),
+        modules=modules_of(learned.adapters, DTYPES[plan.config.save_precision]),
+        embeddings=_embeddings(learned.words, plan),
         metadata=_metadata(plan, trained, name, step),
         family=trained.family.card.name,
     )
@@ -93,19 +87,17 @@ def modules_of(adapters: Mapping[str, AdapterSet], dtype: torch.dtype) -> list[A
     ]
 
 
-def require_writable(
-    adapters: Mapping[str, AdapterSet], words: LearnedWords | None, plan: Plan, family: Family
-) -> None:
-    """Raise `ConfigError` when the format of the settings has no place for fresh `adapters` as they will be."""
+def require_writable(learned: Learned, plan: Plan, family: Family) -> None:
+    """Raise `ConfigError` when the format of the settings has no place for what is `learned` as it will be."""
     form = plan.config.format
-    modules = modules_of(adapters, DTYPES[plan.config.save_precision])
+    modules = modules_of(learned.adapters, DTYPES[plan.config.save_precision])
     generator = torch.Generator().manual_seed(0)
     for module in modules:  # what is zero in all of them, and so the same, will be so no longer
         module.tensors = {
             slot: torch.rand(tensor.shape, generator=generator).to(tensor) if tensor.dim() else tensor
             for slot, tensor in module.tensors.items()
         }
-    made = AdapterFile(modules=modules, embeddings=_embeddings(words, plan), family=family.card.name)
+    made = AdapterFile(modules=modules, embeddings=_embeddings(learned.words, plan), family=family.card.name)
     losses = unwritable(made, form)
     if losses:
         able = [other for other in FORMATS if FORMATS[other].writable and not unwritable(made, other)]

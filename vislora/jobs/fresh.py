@@ -1,9 +1,10 @@
-"""Fresh adapters on the components of a base, as the settings of a training run say."""
+"""What a training run learns: fresh adapters on the components of a base, and words, as its settings say."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from vislora.config.train import TrainConfig
 from vislora.errors import AdapterMismatchError, ConfigError
@@ -19,8 +20,29 @@ FRESH = "training"
 """What the adapter is called on the model while it trains."""
 
 
+@dataclass(frozen=True)
+class Learned:
+    """What is learned: an adapter on each component, and words beside them, if any."""
+
+    adapters: Mapping[str, AdapterSet]
+    words: LearnedWords | None
+
+
 @contextmanager
-def injected(
+def learning(
+    config: TrainConfig, family: Family, chosen: Mapping[str, Mapping[str, Target]], captions: Sequence[str]
+) -> Iterator[Learned]:
+    """Give what is learned, fresh; the base is as it was at the end.
+
+    Raises `ConfigError` for a layer that its algorithm does not fit, a word that no caption has, or a base that learns
+    no words.
+    """
+    with _injected(config, family, chosen) as adapters, _learning_words(config, family, captions) as words:
+        yield Learned(adapters, words)
+
+
+@contextmanager
+def _injected(
     config: TrainConfig, family: Family, chosen: Mapping[str, Mapping[str, Target]]
 ) -> Iterator[dict[str, AdapterSet]]:
     """Give fresh adapters on the denoiser and, when asked for, on every text encoder, with all the rest frozen.
@@ -39,11 +61,8 @@ def injected(
 
 
 @contextmanager
-def learning_words(config: TrainConfig, family: Family, captions: Sequence[str]) -> Iterator[LearnedWords | None]:
-    """Give the words that are learned with the adapter, None where there are none; they are taken back at the end.
-
-    Raises `ConfigError` for one that no caption has, or a base that learns none.
-    """
+def _learning_words(config: TrainConfig, family: Family, captions: Sequence[str]) -> Iterator[LearnedWords | None]:
+    """Give the words that are learned with the adapter, None where there are none; they are taken back at the end."""
     words = {item.word: (item.vectors, item.begin) for item in config.adapter.words}
     if not words:
         yield None

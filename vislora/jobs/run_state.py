@@ -16,14 +16,14 @@ from torch import nn
 from vislora.config.train import TrainConfig
 from vislora.data.scan import dataset_hash
 from vislora.diffusion import Timesteps
-from vislora.inject.injection import MAGNITUDE, AdapterSet
+from vislora.inject.injection import MAGNITUDE
 from vislora.jobs.adapter_files import Trained
 from vislora.jobs.datasets import Prepared
+from vislora.jobs.fresh import Learned
 from vislora.jobs.plan import Plan
 from vislora.jobs.run_folder import RunFolder, require_same_contents, settings_of
 from vislora.models.base import Family
 from vislora.models.resting import Resting
-from vislora.models.words import LearnedWords
 from vislora.training.average import Average
 from vislora.training.loss import DenoisingLoss, LossOptions
 from vislora.training.optim import ParameterGroup, make_optimizer
@@ -32,17 +32,13 @@ from vislora.training.validation import Measured
 
 @dataclass
 class Run:
-    """Everything that one run holds. `words`: those that are learned with the adapters, if any.
-
-    average: of its steps' adapters, if that is what it is to give.
-    """
+    """Everything that one run holds. `average`: of its steps' adapters, if that is what it is to give."""
 
     plan: Plan
     folder: RunFolder
     family: Family
     data: Prepared
-    adapters: dict[str, AdapterSet]
-    words: LearnedWords | None
+    learned: Learned
     accelerator: Accelerator
     module: DenoisingLoss
     optimizer: torch.optim.Optimizer
@@ -80,28 +76,24 @@ def assemble(
     folder: RunFolder,
     family: Family,
     data: Prepared,
-    adapters: dict[str, AdapterSet],
-    words: LearnedWords | None,
+    learned: Learned,
     accelerator: Accelerator,
     about: Trained,
     resting: Resting,
 ) -> Run:
-    """Put a run together; `adapters` are fresh."""
+    """Put a run together, with what is learned as it is when it is fresh."""
     config = plan.config
-    groups = list(_groups(plan, adapters))
-    if words is not None:
-        groups.append(ParameterGroup(words.parameters(), plan.word_learning_rate, decays=False))
-    module = DenoisingLoss(family, adapters, loss_options(config), words)
-    optimizer = make_optimizer(config.optimizer.name, groups, config.optimizer.weight_decay)
+    module = DenoisingLoss(family, learned.adapters, loss_options(config), learned.words)
+    optimizer = make_optimizer(config.optimizer.name, list(_groups(plan, learned)), config.optimizer.weight_decay)
     module, optimizer = accelerator.prepare(module, optimizer)
     average = Average(module.parameters(), config.loop.ema) if config.loop.ema else None
-    return Run(plan, folder, family, data, adapters, words, accelerator, module, optimizer, about, resting, average)
+    return Run(plan, folder, family, data, learned, accelerator, module, optimizer, about, resting, average)
 
 
-def _groups(plan: Plan, adapters: Mapping[str, AdapterSet]) -> Iterator[ParameterGroup]:
+def _groups(plan: Plan, learned: Learned) -> Iterator[ParameterGroup]:
     """Yield what shares a rate, and decays or not; with LoRA+ what starts at zero has a higher one."""
     ratio = plan.config.optimizer.lora_plus_ratio
-    for name, parts in adapters.items():
+    for name, parts in learned.adapters.items():
         rate = plan.learning_rate if name == "denoiser" else plan.text_learning_rate
         ups = {id(parameter) for parameter in parts.ups()}
         groups: dict[tuple[float, bool], list[nn.Parameter]] = {(rate, True): []}  # first: its rate is what is shown
@@ -111,6 +103,8 @@ def _groups(plan: Plan, adapters: Mapping[str, AdapterSet]) -> Iterator[Paramete
             groups.setdefault(key, []).append(parameter)
         for (peak, decays), parameters in groups.items():
             yield ParameterGroup(parameters, peak, decays)
+    if learned.words is not None:
+        yield ParameterGroup(learned.words.parameters(), plan.word_learning_rate, decays=False)
 
 
 def loss_options(config: TrainConfig) -> LossOptions:

@@ -23,7 +23,7 @@ from vislora.jobs.adapter_files import Trained, adapter_file, require_writable
 from vislora.jobs.curves import draw_losses
 from vislora.jobs.datasets import Prepared, prepare_data
 from vislora.jobs.devices import DTYPES, free_bytes, pick_precision
-from vislora.jobs.fresh import chosen_layers, fresh_options, injected, learning_words
+from vislora.jobs.fresh import chosen_layers, fresh_options, learning
 from vislora.jobs.held_out import told
 from vislora.jobs.memory import Step, estimate, memory_notes
 from vislora.jobs.plan import Plan, make_plan
@@ -77,12 +77,11 @@ def run(config: TrainConfig) -> Iterator[Record]:
         chosen = chosen_layers(config, family)
         resting = _rested(config, family, accelerator.device)
         yield from _memory(plan, family, data, chosen, resting)
-        captions = captions_of(data.examples)
-        with injected(config, family, chosen) as adapters, learning_words(config, family, captions) as words:
-            require_writable(adapters, words, plan, family)
-            for line in summary(family.components, adapters):
+        with learning(config, family, chosen, captions_of(data.examples)) as learned:
+            require_writable(learned, plan, family)
+            for line in summary(family.components, learned.adapters):
                 yield Note(line)
-            job = assemble(plan, folder, family, data, adapters, words, accelerator, about, resting)
+            job = assemble(plan, folder, family, data, learned, accelerator, about, resting)
             if state is not None:
                 restore(job, state)
                 yield Note(f"going on from step {job.step} of {plan.steps}")
@@ -205,7 +204,7 @@ def _preview(job: Run) -> Iterator[Note]:
         captions = [example.caption for example in job.data.examples[:4]]
         sources = [source.path for source in job.data.sources[:4]]
         with job.resting.at_work(), job.as_given():
-            preview(job.family, job.adapters.values(), job.plan, captions, sources, path)
+            preview(job.family, job.learned.adapters.values(), job.plan, captions, sources, path)
         yield Note(f"samples: {path}")
 
 
@@ -228,7 +227,7 @@ def _finish(job: Run) -> Generator[Record, None, None]:
 
 def _save(job: Run, path: Path) -> None:
     with job.as_given():
-        made = adapter_file(job.adapters, job.words, job.plan, job.about, job.folder.name, job.step)
+        made = adapter_file(job.learned, job.plan, job.about, job.folder.name, job.step)
     formats.save(made, path, job.config.format)
 
 
