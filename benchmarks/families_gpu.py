@@ -18,8 +18,9 @@ from memory import CASES, RANK, Case, denoiser, measured
 from torch import nn
 
 from tests import tiny
-from vislora.inject.injection import FreshOptions, eject, inject_fresh
+from vislora.inject.injection import eject
 from vislora.inject.targets import Target, select
+from vislora.inject.trained import FreshOptions, inject_fresh
 from vislora.jobs.memory import GIB
 from vislora.models.base import Family, load_family
 from vislora.training.loss import DenoisingLoss, LossOptions

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tests import tiny
 from tests.models import test_full_dits, test_full_size
-from vislora.inject.injection import FreshOptions
 from vislora.inject.targets import Target, select
+from vislora.inject.trained import FreshOptions
 from vislora.jobs.memory import GIB, Estimate, Step, bare_estimate
 from vislora.models.base import load_family
 from vislora.models.quantized import block_layers

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.layers import drawn
-from vislora.inject.injection import AdapterSet, FileModule, FreshOptions, inject_fresh, inject_modules
+from vislora.inject.injection import FileModule, inject_modules
 from vislora.inject.targets import Target, adaptable, select
+from vislora.inject.trained import AdapterSet, FreshOptions, inject_fresh
 from vislora.registry import ALGORITHMS
 
 PRESET = {"cnn": "every-layer", "vit": "attention-ff", "clip": "attention-ff", "t5": "attention-ff"}

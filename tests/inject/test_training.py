@@ -14,10 +14,10 @@ from tests import tiny
 from tests.inject.helpers import chosen, randomise, training
 from vislora.algorithms.base import LayerSpec
 from vislora.errors import ConfigError
-from vislora.inject.injection import FreshOptions, inject_fresh, summary
 from vislora.inject.layer import state_of
 from vislora.inject.parts import Dropout
 from vislora.inject.targets import Target, adaptable, select
+from vislora.inject.trained import FreshOptions, inject_fresh, summary
 
 
 def test_parameters_have_names_without_dots_and_live_outside_the_base():

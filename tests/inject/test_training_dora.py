@@ -11,9 +11,9 @@ from tests import tiny
 from tests.inject.helpers import as_dora, training
 from vislora.errors import ConfigError
 from vislora.formats.adapter_file import DORA_ON
-from vislora.inject.injection import FreshOptions, inject_fresh
 from vislora.inject.layer import state_of
 from vislora.inject.targets import Target
+from vislora.inject.trained import FreshOptions, inject_fresh
 from vislora.jobs.modules import adapt, save_adapter
 from vislora.registry import TRAINED
 

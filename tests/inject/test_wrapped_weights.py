@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from vislora.errors import ConfigError
 from vislora.inject.engines import explain, merge
-from vislora.inject.injection import FileModule, FreshOptions, eject, inject_fresh, inject_modules
+from vislora.inject.injection import FileModule, eject, inject_modules
 from vislora.inject.targets import Target
+from vislora.inject.trained import FreshOptions, inject_fresh
 
 torch.set_num_threads(1)
 

@@ -50,8 +50,8 @@ def test_the_others_learn_at_the_rate(tmp_path):
 def test_a_layer_without_weights_keeps_its_magnitude_apart():
     from torch import nn
 
-    from vislora.inject.injection import FreshOptions, inject_fresh
     from vislora.inject.targets import Target
+    from vislora.inject.trained import FreshOptions, inject_fresh
 
     model = nn.Sequential(nn.Linear(4, 4))
     nn.init.zeros_(model[0].weight)

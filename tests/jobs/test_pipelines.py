@@ -14,9 +14,9 @@ from vislora.algorithms.base import InitOptions, LayerSpec
 from vislora.errors import AdapterFileError, AdapterMismatchError, ConfigError, ModelError
 from vislora.formats import AdapterFile, AdapterModule
 from vislora.formats.names import canonical
-from vislora.inject.injection import FreshOptions, inject_fresh
 from vislora.inject.injection import eject as eject_from
 from vislora.inject.targets import Target, select
+from vislora.inject.trained import FreshOptions, inject_fresh
 from vislora.jobs.pipelines import loaded_strengths
 from vislora.models.base import components_of
 from vislora.registry import ALGORITHMS

@@ -13,8 +13,9 @@ from tests.jobs.train_helpers import config, image_folder, notes, trained
 from vislora.config.train import PriorConfig
 from vislora.data.captions import without_trigger
 from vislora.errors import ConfigError, VisloraError
-from vislora.inject.injection import FreshOptions, eject, inject_fresh
+from vislora.inject.injection import eject
 from vislora.inject.targets import Target, select
+from vislora.inject.trained import FreshOptions, inject_fresh
 from vislora.jobs.priors import prior_captions
 from vislora.models.base import load_family
 from vislora.models.sampling import make_images

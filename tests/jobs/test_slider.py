@@ -13,8 +13,8 @@ from tests.jobs.train_helpers import notes, trained
 from vislora.config.train import TrainConfig
 from vislora.data.captions import at_end
 from vislora.errors import ConfigError
-from vislora.inject.injection import FreshOptions, inject_fresh
 from vislora.inject.targets import Target, select
+from vislora.inject.trained import FreshOptions, inject_fresh
 from vislora.models.base import load_family
 from vislora.training.loss import DenoisingLoss, LossOptions
 

@@ -15,8 +15,8 @@ from tests import tiny
 from tests.jobs.train_helpers import config, image_folder, notes, trained
 from vislora import formats
 from vislora.errors import ConfigError, DataError, VisloraError
-from vislora.inject.injection import FreshOptions, inject_fresh
 from vislora.inject.targets import Target, select
+from vislora.inject.trained import FreshOptions, inject_fresh
 from vislora.models.base import components_of, load_family
 from vislora.registry import FAMILIES
 from vislora.training.loss import DenoisingLoss, LossOptions

@@ -10,7 +10,7 @@ from tests import tiny
 from tests.inject.helpers import require_equal_states
 from tests.jobs.train_helpers import config, trained
 from vislora.errors import AdapterMismatchError, ConfigError
-from vislora.inject.injection import inject_fresh
+from vislora.inject.trained import inject_fresh
 from vislora.jobs import fresh
 from vislora.models.base import load_family
 from vislora.records import Done, Progress

@@ -7,8 +7,9 @@ import torch
 from torch.nn.functional import mse_loss
 
 from tests import tiny
-from vislora.inject.injection import FreshOptions, eject, inject_fresh
+from vislora.inject.injection import eject
 from vislora.inject.targets import Target, select
+from vislora.inject.trained import FreshOptions, inject_fresh
 from vislora.models.base import load_family
 from vislora.registry import FAMILIES
 from vislora.training.loss import DenoisingLoss, LossOptions

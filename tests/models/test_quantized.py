@@ -11,8 +11,9 @@ from torch import nn
 
 from tests import tiny
 from vislora.errors import ConfigError
-from vislora.inject.injection import FreshOptions, eject, inject_fresh
+from vislora.inject.injection import eject
 from vislora.inject.targets import Target, select
+from vislora.inject.trained import FreshOptions, inject_fresh
 from vislora.jobs.memory import Step, estimate, weight_bytes
 from vislora.models import quantized
 from vislora.models.base import load_family

@@ -8,8 +8,8 @@ from torch import nn
 
 from tests import tiny
 from tests.jobs.train_helpers import config, trained
-from vislora.inject.injection import FreshOptions
 from vislora.inject.targets import Target, select
+from vislora.inject.trained import FreshOptions
 from vislora.jobs import train as job
 from vislora.jobs.memory import Step, estimate
 from vislora.models.base import load_family

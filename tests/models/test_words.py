@@ -7,8 +7,8 @@ import torch
 
 from tests import tiny
 from vislora.errors import AdapterMismatchError, ConfigError
-from vislora.inject.injection import FreshOptions, inject_fresh
 from vislora.inject.targets import Target
+from vislora.inject.trained import FreshOptions, inject_fresh
 from vislora.models.base import load_family
 from vislora.models.words import LearnedWords, forget, has_word, teach, teachers
 

@@ -14,8 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from tests import tiny
 from tests.jobs import train_helpers
 from vislora.config.train import TrainConfig
-from vislora.inject.injection import FreshOptions, eject, inject_fresh
+from vislora.inject.injection import eject
 from vislora.inject.targets import Target, select
+from vislora.inject.trained import FreshOptions, inject_fresh
 from vislora.jobs.memory import GIB, MIB, Estimate, Step, estimate, memory_notes, size_text
 from vislora.jobs.train import run
 from vislora.models.base import load_family

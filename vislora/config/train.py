@@ -40,9 +40,15 @@ class WordConfig(Section):
     """The text that it means at first. Default: the word itself, as the base reads it."""
 
 
+FILE_DECIDES = ("preset", "rank", "alpha", "algorithm", "dora", "rank_stabilized", "tucker", "init", "targets")
+"""What of an adapter is as its file has it, when training goes on from one."""
+
+
 class AdapterConfig(Section):
     """What is trained."""
 
+    begin: Path | None = None
+    """An adapter file to go on from, of any format; layers, ranks and algorithms are the file's. Default: none."""
     preset: Preset = "all"
     """Layers: attention; attention-ff (+ feed-forward); all (+ convs, modulation); every-layer; none (patterns)."""
     rank: int = Field(8, ge=1, le=4096)
@@ -78,6 +84,14 @@ class AdapterConfig(Section):
         twice = [word for word in words if words.count(word) > 1]
         if twice:
             raise ValueError(f"words: '{twice[0]}' is given twice")
+        return self
+
+    @model_validator(mode="after")
+    def _is_as_its_file_has_it(self) -> Self:
+        fields = type(self).model_fields
+        decided = [name for name in FILE_DECIDES if getattr(self, name) != fields[name].default]
+        if self.begin is not None and decided:
+            raise ValueError(f"{decided[0]}: is as the file of adapter.begin has it; leave it out")
         return self
 
     @property
@@ -256,6 +270,14 @@ class TrainConfig(Section):
     """A slider."""
     sample: SampleConfig = Field(default_factory=SampleConfig)
     """Samples while training."""
+
+    @model_validator(mode="after")
+    def _begins_at_zero(self) -> Self:
+        if self.adapter.begin is not None and self.optimizer.lora_plus_ratio != 1.0:
+            raise ValueError(
+                "optimizer.lora_plus_ratio: is for what starts at zero, and with adapter.begin nothing does"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_pictures(self) -> Self:

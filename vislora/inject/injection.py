@@ -1,140 +1,25 @@
-"""Puts adapters into any `nn.Module` and takes them out again: fresh ones to train, or the modules of a file."""
+"""Puts the modules of adapter files into any `nn.Module`, and takes adapters out again."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vislora.algorithms.base import Algorithm, Init, InitOptions, LayerSpec, Rule, fits, require_kind
-from vislora.algorithms.dora import Axis, norms
+from vislora.algorithms.base import Algorithm, LayerSpec, fits
+from vislora.algorithms.dora import Axis
 from vislora.errors import AdapterFileError, AdapterMismatchError, ConfigError, listed
 from vislora.globs import matches
 from vislora.inject.layer import is_wrapped, state_of
 from vislora.inject.moment import Moment
-from vislora.inject.parts import Dropout, LayerAdapter, takes_lora
+from vislora.inject.parts import LayerAdapter, takes_lora
 from vislora.inject.stack import Stack, existing_stack, settle, stack_of
-from vislora.inject.targets import PRESETS, Target, unwrapped
-from vislora.registry import ALGORITHMS, TRAINED
-
-MAGNITUDE = "magnitude"
-"""What DoRA's is called among the slots of a fresh layer."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What the file of a fresh layer needs beside its slots. `alpha`: None where the scale is not made of it.
-
-    learning_rate: its own peak, if it has one.
-    """
-
-    algorithm: str
-    alpha: float | None
-    rule: Rule
-    learning_rate: float | None = None
-
-
-class AdapterSet(nn.Module):
-    """The one home of an adapter's parameters while it trains: outside the base, whose `state_dict` stays as it was.
-
-    A parameter is called `path/with/slashes:slot`, DoRA's `path/with/slashes:magnitude`. `train()` turns the dropouts
-    on, `eval()` off.
-    """
-
-    def __init__(self, layers: Mapping[str, LayerAdapter], trained: Mapping[str, Trained]) -> None:
-        super().__init__()
-        self._layers = dict(layers)
-        self.trained = dict(trained)
-        for path, layer in self._layers.items():
-            own = layer.slots if layer.magnitude is None else {**layer.slots, MAGNITUDE: layer.magnitude}
-            for slot, tensor in own.items():
-                if isinstance(tensor, nn.Parameter):
-                    self.register_parameter(f"{path.replace('.', '/')}:{slot}", tensor)
-        self._ups = [parameter for parameter in self.slots() if not parameter.any()]
-        self.train(True)
-
-    def train(self, mode: bool = True) -> AdapterSet:
-        """Turn dropouts on or off."""
-        for layer in self._layers.values():
-            layer.training = mode
-        return super().train(mode)
-
-    def resting(self) -> AbstractContextManager[None]:
-        """Have the adapter do nothing for a while: the base alone computes."""
-        return self.at(0.0)
-
-    @contextmanager
-    def at(self, strength: float) -> Iterator[None]:
-        """Have the adapter act with this strength for a while."""
-        for layer in self._layers.values():
-            layer.strengths = (strength,)
-        try:
-            yield
-        finally:
-            for layer in self._layers.values():
-                layer.strengths = (1.0,)
-
-    def by_layer(self) -> Iterator[tuple[str, str, nn.Parameter]]:
-        """Yield (path, slot or "magnitude", parameter) for all of them."""
-        for name, parameter in self.named_parameters():
-            path, _, slot = name.rpartition(":")
-            yield path.replace("/", "."), slot, parameter
-
-    def slots(self) -> list[nn.Parameter]:
-        """Return all parameters but the magnitudes."""
-        return [parameter for _, slot, parameter in self.by_layer() if slot != MAGNITUDE]
-
-    def ups(self) -> list[nn.Parameter]:
-        """Return the slots that were zero when they were fresh: the up projection, and its like in other algorithms."""
-        return self._ups
-
-    def magnitudes(self) -> list[nn.Parameter]:
-        """Return DoRA's magnitudes: zero is not where they have no effect, so weight decay is not for them."""
-        return [parameter for _, slot, parameter in self.by_layer() if slot == MAGNITUDE]
-
-    def modules_with_slots(self) -> Iterator[tuple[str, Trained, dict[str, Tensor], Tensor | None]]:
-        """Yield (path, what the file needs, slots, DoRA's magnitude) per layer, tensors as detached CPU copies."""
-        for path, layer in self._layers.items():
-            slots = {name: slot.detach().cpu().clone() for name, slot in layer.slots.items()}
-            magnitude = None if layer.magnitude is None else layer.magnitude.detach().cpu().clone()
-            yield path, self.trained[path], slots, magnitude
-
-
-@dataclass(frozen=True)
-class FreshOptions:
-    """How fresh layers are made. `seed` fixes the draw of every layer, whatever else the process drew before.
-
-    dora: with a magnitude per output, which is that of the layer's weight at first.
-    """
-
-    tucker: bool = False
-    init: Init = "kaiming"
-    rule: Rule = "alpha/r"
-    dropout: Dropout = field(default_factory=Dropout)
-    dora: bool = False
-    seed: int = 0
-
-
-def inject_fresh(model: nn.Module, name: str, chosen: Mapping[str, Target], options: FreshOptions) -> AdapterSet:
-    """Freeze `model`, put a fresh zero-effect adapter on the chosen layers and return its trainable parameters.
-
-    Raises `ConfigError` for a layer that its algorithm, or a magnitude on top of it, does not fit.
-    """
-    generator = torch.Generator().manual_seed(options.seed)
-    with _changing(model) as stack:
-        layers, trained = {}, {}
-        for path, target in chosen.items():
-            try:
-                layers[path], trained[path] = _fresh(stack.index.layers[path], target, options, generator)
-            except ConfigError as error:
-                raise ConfigError(f"layer '{path}': {error}") from None
-        stack.add(name, layers, 1.0)
-        stack.freeze(model, name)
-    return AdapterSet(layers, trained)
+from vislora.inject.targets import PRESETS, unwrapped
+from vislora.registry import ALGORITHMS
 
 
 @dataclass(frozen=True)
@@ -169,24 +54,31 @@ def inject_modules(
     pipeline, for the strengths.
     Raises `AdapterMismatchError` when a module has no layer or another shape, or nothing fits.
     """
-    with _changing(model, component) as stack:
-        layers, misfits = _fitted(stack, modules)
-        if not layers or (misfits and not allow_partial):
-            fit = f"{len(layers)} of {len(modules)} modules of adapter '{name}' fit {type(unwrapped(model)).__name__}"
-            raise AdapterMismatchError(listed(f"{fit}; those that do not:", misfits, limit=5))
+    with changing(model, component) as stack:
+        layers, misfits = fitted(stack, modules)
+        if not layers or not allow_partial:
+            require_fit(model, name, modules, misfits)
         stack.add(name, layers, strength)
     return misfits
 
 
+def require_fit(model: nn.Module, name: str, modules: Sequence[FileModule], misfits: Sequence[str]) -> None:
+    """Raise `AdapterMismatchError` with what of the modules does not fit, if anything."""
+    if misfits or not modules:
+        count = len(modules) - len(misfits)
+        fit = f"{count} of {len(modules)} modules of adapter '{name}' fit {type(unwrapped(model)).__name__}"
+        raise AdapterMismatchError(listed(f"{fit}; those that do not:", misfits, limit=5))
+
+
 def find_misfits(model: nn.Module, modules: list[FileModule]) -> list[str]:
     """Return what of a file would not fit `model`, as "path: reason"; nothing is injected."""
-    with _changing(model) as stack:
-        return _fitted(stack, modules)[1]
+    with changing(model) as stack:
+        return fitted(stack, modules)[1]
 
 
 def eject(model: nn.Module, name: str) -> None:
     """Take the adapter `name` out of `model`: classes, module tree and weights are as before, bit for bit."""
-    with _changing(model) as stack:
+    with changing(model) as stack:
         stack.remove(name)
 
 
@@ -194,7 +86,7 @@ def reserve_room(
     model: nn.Module, max_rank: int, layers: str | Sequence[str] = "all", component: str | None = None
 ) -> None:
     """Reserve room for adapters on the layers of a preset or of patterns; see `jobs.pipelines.reserve`."""
-    with _changing(model, component) as stack:
+    with changing(model, component) as stack:
         if stack.reserve is not None:
             raise ConfigError("this model is reserved already; unreserve it first")
         patterns = PRESETS.get(layers, (layers,)) if isinstance(layers, str) else layers
@@ -211,7 +103,7 @@ def reserve_room(
 def release_room(model: nn.Module) -> None:
     """Give up the room that was reserved, if any."""
     if existing_stack(model) is not None:
-        with _changing(model) as stack:
+        with changing(model) as stack:
             stack.drop_room()
 
 
@@ -225,21 +117,8 @@ def resolve(stack: Stack, path: str) -> str:
     return path
 
 
-def summary(components: Mapping[str, nn.Module], sets: Mapping[str, AdapterSet]) -> list[str]:
-    """Return one line per component: adapter layers, trainable parameters, and their share of the base's."""
-    lines = []
-    for name, adapters in sets.items():
-        base = sum(parameter.numel() for parameter in components[name].parameters())
-        trainable = sum(parameter.numel() for parameter in adapters.parameters())
-        lines.append(
-            f"{name}: {len(adapters.trained)} layers, {trainable:,} trainable parameters "
-            f"({100 * trainable / max(1, base):.2f} % of {base:,})"
-        )
-    return lines
-
-
 @contextmanager
-def _changing(model: nn.Module, component: str | None = None) -> Iterator[Stack]:
+def changing(model: nn.Module, component: str | None = None) -> Iterator[Stack]:
     """Give the stack of `model`; see `settle` for what is done afterwards, errors included."""
     try:
         yield stack_of(model, component)
@@ -252,36 +131,13 @@ def _wide(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype.itemsize > 1
 
 
-def _fresh(
-    layer: nn.Module, target: Target, options: FreshOptions, generator: torch.Generator
-) -> tuple[LayerAdapter, Trained]:
-    algorithm: Algorithm = TRAINED[target.algorithm]
-    spec = LayerSpec.of(layer)
-    assert spec is not None  # the index of the stack holds only such layers
-    drawn = algorithm.init(spec, InitOptions(target.rank, options.tucker, options.init, generator))
-    constants = algorithm.constants
-    slots = {name: slot if name in constants else nn.Parameter(slot) for name, slot in drawn.items()}
-    alpha = float(target.rank if target.alpha is None else target.alpha)
-    fresh = LayerAdapter(algorithm, slots, algorithm.scale(slots, alpha, options.rule), dropout=options.dropout)
-    problem = _unreadable(layer, spec, algorithm.name) if algorithm.needs_base else None
-    if problem:
-        raise ConfigError(problem)
-    if options.dora:
-        fresh.magnitude = _fresh_magnitude(layer, spec)
-    own = algorithm.own_rule(slots) in ("none", "constraint")
-    return fresh, Trained(algorithm.name, None if own else alpha, options.rule, target.learning_rate)
+def fitted(
+    stack: Stack, modules: Sequence[FileModule], dtype: torch.dtype | None = None
+) -> tuple[dict[str, LayerAdapter], list[str]]:
+    """Return what the modules are on their layers, by path, and what does not fit.
 
-
-def _fresh_magnitude(layer: nn.Module, spec: LayerSpec) -> nn.Parameter:
-    """Return the norms of the layer's weight. Raises `ConfigError` for a layer whose weight has none per output."""
-    require_kind("dora", spec, frozenset({"linear", "conv"}))
-    problem = _unreadable(layer, spec, "dora")
-    if problem:
-        raise ConfigError(problem)
-    return nn.Parameter(norms(layer.weight.detach().float()).flatten())  # type: ignore[operator]
-
-
-def _fitted(stack: Stack, modules: list[FileModule]) -> tuple[dict[str, LayerAdapter], list[str]]:
+    `dtype`: of the slots; None: that of each layer.
+    """
     layers: dict[str, LayerAdapter] = {}
     misfits: list[str] = []
     for module in modules:
@@ -292,7 +148,7 @@ def _fitted(stack: Stack, modules: list[FileModule]) -> tuple[dict[str, LayerAda
         if problem or layer is None:
             misfits.append(f"{module.path}: {problem}")
         else:
-            layers[path] = _layer_adapter(layer, module, stack.moment)
+            layers[path] = _layer_adapter(layer, module, stack.moment, dtype)
     return layers, misfits
 
 
@@ -321,11 +177,11 @@ def _unlike(layer: nn.Module, algorithm: Algorithm, module: FileModule, shape: t
             f"the adapter is for layers of the kind {' or '.join(sorted(kinds))}, the layer is of the kind {spec.kind}"
         )
     if algorithm.needs_base or module.magnitude is not None:
-        return _unreadable(layer, spec, algorithm.name if module.magnitude is None else "dora")
+        return unreadable(layer, spec, algorithm.name if module.magnitude is None else "dora")
     return None
 
 
-def _unreadable(layer: nn.Module, spec: LayerSpec, name: str) -> str | None:
+def unreadable(layer: nn.Module, spec: LayerSpec, name: str) -> str | None:
     """Return why what is called `name` cannot be on a layer whose weight it depends on, None when it can."""
     if is_readable(layer, spec):
         return None
@@ -355,10 +211,10 @@ def is_readable(layer: nn.Module, spec: LayerSpec) -> bool:
     return tuple(weight.shape) == spec.weight_shape and weight.dtype.is_floating_point and not is_wrapped(weight)
 
 
-def _layer_adapter(layer: nn.Module, module: FileModule, moment: Moment) -> LayerAdapter:
+def _layer_adapter(layer: nn.Module, module: FileModule, moment: Moment, dtype: torch.dtype | None) -> LayerAdapter:
     weight: Tensor = layer.weight  # type: ignore[assignment]
     device = weight.device if not weight.is_meta else torch.device("cpu")
-    dtype = weight.dtype if _wide(weight.dtype) else None
+    dtype = dtype or (weight.dtype if _wide(weight.dtype) else None)
     algorithm: Algorithm = ALGORITHMS[module.algorithm]
     slots = algorithm.moved({name: slot.detach() for name, slot in module.slots.items()}, device, dtype)
     more = [None if tensor is None else tensor.detach().to(device) for tensor in (module.magnitude, module.bias)]

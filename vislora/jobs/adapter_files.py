@@ -19,7 +19,7 @@ from vislora.formats.adapter_file import AdapterFile, AdapterModule
 from vislora.formats.kohya import LYCORIS_NAMES
 from vislora.formats.names import FAMILY_NAMES, canonical
 from vislora.formats.writing import unwritable
-from vislora.inject.injection import AdapterSet
+from vislora.inject.trained import AdapterSet
 from vislora.jobs.devices import DTYPES
 from vislora.jobs.fresh import Learned
 from vislora.jobs.plan import Plan
@@ -47,10 +47,11 @@ class Trained:
 
 def adapter_file(learned: Learned, plan: Plan, trained: Trained, name: str, step: int) -> AdapterFile:
     """Return the adapter as it is now, tensors copied."""
+    modules = modules_of(learned.adapters, DTYPES[plan.config.save_precision])
     return AdapterFile(
-        modules=modules_of(learned.adapters, DTYPES[plan.config.save_precision]),
+        modules=modules,
         embeddings=_embeddings(learned.words, plan),
-        metadata=_metadata(plan, trained, name, step),
+        metadata=_metadata(plan, trained, modules, name, step),
         family=trained.family.card.name,
     )
 
@@ -106,7 +107,7 @@ def require_writable(learned: Learned, plan: Plan, family: Family) -> None:
         raise ConfigError(listed(f"format: a {form} file cannot hold the adapter{hint}", map(str, losses)))
 
 
-def _metadata(plan: Plan, trained: Trained, name: str, step: int) -> dict[str, str]:
+def _metadata(plan: Plan, trained: Trained, modules: Sequence[AdapterModule], name: str, step: int) -> dict[str, str]:
     """All values are strings: a safetensors header holds no others."""
     config = plan.config
     base = config.base or "vislora embedded"
@@ -121,7 +122,7 @@ def _metadata(plan: Plan, trained: Trained, name: str, step: int) -> dict[str, s
     return {
         **own,
         **_modelspec(plan, trained, name),
-        **_ss(plan, trained, name, step),
+        **_ss(plan, trained, modules, name, step),
         **trained.family.traits.tags,
     }
 
@@ -145,24 +146,43 @@ def _modelspec(plan: Plan, trained: Trained, name: str) -> dict[str, str]:
     return {**found, "modelspec.trigger_phrase": ", ".join(words)} if words else found
 
 
-def _ss(plan: Plan, trained: Trained, name: str, step: int) -> dict[str, str]:
+def _network(trained: Trained, modules: Sequence[AdapterModule], rank: int) -> dict[str, Any]:
+    """Return what sd-scripts' keys say of the modules. `rank`: of the settings, said where no module has one."""
+    kinds = {module.algo for module in modules}
+    dora = any(module.magnitude is not None for module in modules)
+    scaled = [module for module in modules if module.alpha is not None]
+    dim = _one({module.rank for module in scaled}, rank)
+    alpha = _one({module.alpha for module in scaled}, float(rank))
+    plain = kinds == {"lora"} and not dora
+    arguments: dict[str, str] = {}
+    if any(len(module.shape) > 2 for module in modules):
+        arguments |= {"conv_dim": str(dim), "conv_alpha": str(alpha)}
+    if not plain and len(kinds) == 1:
+        arguments["algo"] = LYCORIS_NAMES.get(min(kinds), min(kinds))
+    arguments |= {"dora_wd": "True", "wd_on_output": "True"} if dora else {}
+    own = FAMILY_NAMES[trained.family.card.name].network_module
+    return {
+        "network_module": own if plain else "lycoris.kohya",
+        "network_dim": dim,
+        "network_alpha": alpha,
+        "network_args": json.dumps(arguments),
+    }
+
+
+def _one(found: set[Any], otherwise: Any) -> Any:
+    """Return the one value that there is, "Dynamic" when there are several, as sd-scripts and LyCORIS say it."""
+    return (found.pop() if len(found) == 1 else "Dynamic") if found else otherwise
+
+
+def _ss(plan: Plan, trained: Trained, modules: Sequence[AdapterModule], name: str, step: int) -> dict[str, str]:
     """sd-scripts' keys, which web user interfaces show. Values that have no counterpart here are left out."""
     config = plan.config
     adapter, loop, optimizer = config.adapter, config.loop, config.optimizer
-    alpha = adapter.rank if adapter.alpha is None else adapter.alpha
     folders = _by_folder(trained.examples)
-    has_conv = adapter.preset in ("all", "every-layer")
-    network_args = {"conv_dim": str(adapter.rank), "conv_alpha": str(alpha)} if has_conv else {}
-    plain = adapter.algorithm == "lora" and not adapter.dora
-    network_args |= {} if plain else {"algo": LYCORIS_NAMES.get(adapter.algorithm, adapter.algorithm)}
-    network_args |= {"dora_wd": "True", "wd_on_output": "True"} if adapter.dora else {}
     values: dict[str, Any] = {
         "output_name": name,
         "sd_model_name": config.base or "vislora embedded",
-        "network_module": FAMILY_NAMES[trained.family.card.name].network_module if plain else "lycoris.kohya",
-        "network_dim": adapter.rank,
-        "network_alpha": alpha,
-        "network_args": json.dumps(network_args),
+        **_network(trained, modules, adapter.rank),
         "network_dropout": adapter.dropout,
         "seed": config.seed,
         "steps": step,

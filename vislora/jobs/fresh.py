@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+from vislora import formats
 from vislora.config.train import TrainConfig
-from vislora.errors import AdapterMismatchError, ConfigError
+from vislora.errors import AdapterMismatchError, ConfigError, listed
 from vislora.formats.adapter_file import DORA_ON
 from vislora.formats.names import FAMILY_NAMES
-from vislora.inject.injection import AdapterSet, FreshOptions, eject, inject_fresh
+from vislora.inject.injection import FileModule, eject
 from vislora.inject.parts import Dropout
 from vislora.inject.targets import Target, select
+from vislora.inject.trained import AdapterSet, Begin, FreshOptions, inject_trained
+from vislora.jobs.pipelines import by_component
 from vislora.models.base import Family
 from vislora.models.words import LearnedWords, has_word
 
@@ -30,30 +34,28 @@ class Learned:
 
 @contextmanager
 def learning(
-    config: TrainConfig, family: Family, chosen: Mapping[str, Mapping[str, Target]], captions: Sequence[str]
+    config: TrainConfig, family: Family, chosen: Mapping[str, Begin], captions: Sequence[str]
 ) -> Iterator[Learned]:
-    """Give what is learned, fresh; the base is as it was at the end.
+    """Give what is learned, as it is at first; the base is as it was at the end.
 
     Raises `ConfigError` for a layer that its algorithm does not fit, a word that no caption has, or a base that learns
-    no words.
+    no words; `AdapterMismatchError` for an adapter to go on from that does not fit the base.
     """
     with _injected(config, family, chosen) as adapters, _learning_words(config, family, captions) as words:
         yield Learned(adapters, words)
 
 
 @contextmanager
-def _injected(
-    config: TrainConfig, family: Family, chosen: Mapping[str, Mapping[str, Target]]
-) -> Iterator[dict[str, AdapterSet]]:
-    """Give fresh adapters on the denoiser and, when asked for, on every text encoder, with all the rest frozen.
+def _injected(config: TrainConfig, family: Family, chosen: Mapping[str, Begin]) -> Iterator[dict[str, AdapterSet]]:
+    """Give adapters on the denoiser and, when asked for, on every text encoder, with all the rest frozen.
 
     They are taken off at the end, and when one of the components could not have its adapter.
     """
     options = fresh_options(config)
     adapters: dict[str, AdapterSet] = {}
     try:
-        for name, layers in chosen.items():
-            adapters[name] = inject_fresh(family.components[name], FRESH, layers, options)
+        for name, begin in chosen.items():
+            adapters[name] = inject_trained(family.components[name], FRESH, begin, options)
         yield adapters
     finally:
         for name in adapters:
@@ -80,12 +82,15 @@ def _learning_words(config: TrainConfig, family: Family, captions: Sequence[str]
         learned.close()
 
 
-def chosen_layers(config: TrainConfig, family: Family) -> dict[str, dict[str, Target]]:
-    """Return component -> path -> target of every layer that is trained.
+def chosen_layers(config: TrainConfig, family: Family) -> Mapping[str, Begin]:
+    """Return component -> what is trained: path -> target, or the modules of the adapter that is gone on from.
 
-    Raises `ConfigError` for a pattern without layers, and for magnitudes on what cannot have them.
+    Raises `ConfigError` for a pattern without layers, for magnitudes on what cannot have them, and for an adapter of
+    which something would be lost; `AdapterFileError` for a file that cannot be read.
     """
     adapter = config.adapter
+    if adapter.begin is not None:
+        return _begun(adapter.begin, family, adapter.text_encoders)
     default = Target("", adapter.rank, adapter.alpha, adapter.algorithm)
     targets = [
         Target(
@@ -106,6 +111,22 @@ def chosen_layers(config: TrainConfig, family: Family) -> dict[str, dict[str, Ta
         fitting = ", ".join(sorted(DORA_ON))
         raise ConfigError(f"adapter.dora: goes with {fitting}, and not with {min(kinds - DORA_ON)}")
     return chosen
+
+
+def _begun(path: Path, family: Family, text_encoders: bool) -> dict[str, list[FileModule]]:
+    """Return component -> modules of the adapter at `path`."""
+    read = formats.load(path)
+    lost = [*(f"the word '{name}'" for name in read.embeddings), *read.extras]
+    if lost:
+        raise ConfigError(listed(f"adapter.begin: {path} holds more than can be gone on from:", lost, limit=5))
+    found = by_component(read, family.components)
+    absent = [component for component in found if component not in family.components]
+    if absent:
+        raise ConfigError(f"adapter.begin: {path} has modules for {absent[0]}, which this base has not")
+    if text_encoders != any(component != "denoiser" for component in found):
+        advice = "has none for" if text_encoders else "has some for"
+        raise ConfigError(f"adapter.text_encoders: {path} {advice} text encoders; set it to {not text_encoders}")
+    return found
 
 
 def _text_encoders(family: Family) -> list[str]:

@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from vislora.config.train import TrainConfig
-from vislora.inject.injection import FreshOptions, inject_fresh
-from vislora.inject.targets import Target
+from vislora.inject.trained import Begin, FreshOptions, inject_trained
 from vislora.models.base import Family
 from vislora.models.weightless import weightless
 from vislora.records import Note
@@ -64,7 +63,7 @@ class Step:
     readers: text encoders whose input is learned.
     """
 
-    chosen: Mapping[str, Mapping[str, Target]]
+    chosen: Mapping[str, Begin]
     fresh: FreshOptions
     loss: LossOptions
     batch: Mapping[str, Any]
@@ -87,8 +86,8 @@ def bare_estimate(bare: Family, step: Step) -> Estimate:
     weights = weight_bytes(bare)
     dtype = next(bare.components["denoiser"].parameters()).dtype
     adapters = {
-        name: inject_fresh(bare.components[name], "estimate", layers, step.fresh)
-        for name, layers in step.chosen.items()
+        name: inject_trained(bare.components[name], "estimate", begin, step.fresh)
+        for name, begin in step.chosen.items()
     }
     for name in step.readers:
         bare.components[name].get_input_embeddings().weight.requires_grad_(True)  # type: ignore[operator]

@@ -10,8 +10,8 @@ from torch import nn
 
 from vislora import formats
 from vislora.formats.adapter_file import AdapterFile
-from vislora.inject.injection import AdapterSet, FreshOptions, inject_fresh
 from vislora.inject.targets import PRESETS, Target, select
+from vislora.inject.trained import AdapterSet, FreshOptions, inject_fresh
 from vislora.jobs.adapter_files import modules_of
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from vislora.files import replacing
-from vislora.inject.injection import AdapterSet
+from vislora.inject.trained import AdapterSet
 from vislora.jobs.plan import Plan
 from vislora.jobs.sources import read_source
 from vislora.models.base import Family

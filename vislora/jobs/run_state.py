@@ -16,7 +16,8 @@ from torch import nn
 from vislora.config.train import TrainConfig
 from vislora.data.scan import dataset_hash
 from vislora.diffusion import Timesteps
-from vislora.inject.injection import MAGNITUDE
+from vislora.files import content_hash
+from vislora.inject.trained import MAGNITUDE
 from vislora.jobs.adapter_files import Trained
 from vislora.jobs.datasets import Prepared
 from vislora.jobs.fresh import Learned
@@ -151,6 +152,8 @@ def _contents(job: Run) -> dict[str, str]:
     beside |= {f"mask {_within(mask.path, data.masks)}": mask.sha256 for mask in job.data.masks}
     prior = job.config.prior.regularization
     kept = [view.example for view in job.data.dataset.prior_views] if prior else []
+    begin = job.config.adapter.begin
+    beside |= {} if begin is None else {f"the adapter {begin}": content_hash(begin)}
     beside |= {f"prior {_within(example.path, prior)}": dataset_hash([example]) for example in kept}
     return {"the base model": job.about.base_hash, **images, **beside}
 

@@ -16,8 +16,7 @@ from vislora import formats
 from vislora.config.train import TrainConfig
 from vislora.data.scan import captions_of
 from vislora.errors import VisloraError
-from vislora.inject.injection import summary
-from vislora.inject.targets import Target
+from vislora.inject.trained import Begin, summary
 from vislora.jobs.accelerated import accelerated
 from vislora.jobs.adapter_files import Trained, adapter_file, require_writable
 from vislora.jobs.curves import draw_losses
@@ -79,7 +78,8 @@ def run(config: TrainConfig) -> Iterator[Record]:
         yield from _memory(plan, family, data, chosen, resting)
         with learning(config, family, chosen, captions_of(data.examples)) as learned:
             require_writable(learned, plan, family)
-            for line in summary(family.components, learned.adapters):
+            begin = config.adapter.begin
+            for line in [f"going on from {begin}"] * bool(begin) + summary(family.components, learned.adapters):
                 yield Note(line)
             job = assemble(plan, folder, family, data, learned, accelerator, about, resting)
             if state is not None:
@@ -153,7 +153,7 @@ def _rested(config: TrainConfig, family: Family, device: torch.device) -> Restin
 
 
 def _memory(
-    plan: Plan, family: Family, data: Prepared, chosen: Mapping[str, Mapping[str, Target]], resting: Resting
+    plan: Plan, family: Family, data: Prepared, chosen: Mapping[str, Begin], resting: Resting
 ) -> Iterator[Note]:
     """Say what memory the run takes, and whether the device has it."""
     config = plan.config

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vislora.diffusion import AS_TRAINED, Timesteps
-from vislora.inject.injection import AdapterSet
+from vislora.inject.trained import AdapterSet
 from vislora.models.base import Family
 from vislora.models.words import LearnedWords
 
