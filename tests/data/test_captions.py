@@ -63,8 +63,9 @@ def test_a_list_in_metadata_is_read_like_lines(folder):
     (folder / "b.txt").write_text("three")
     assert [example.captions for example in scan(folder, each_line=True).examples] == [("one", "two"), ("three",)]
     assert captions(folder)["a.png"] == "one two"
-    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": ["one", 2]}))
-    assert "metadata.jsonl: line 1: the caption is int, not text" in problems(folder)
+    for text in (["one", 2], 0):
+        (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": text}))
+        assert "metadata.jsonl: line 1: the caption is int, not text" in problems(folder)
 
 
 @pytest.mark.parametrize(

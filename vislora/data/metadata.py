@@ -85,7 +85,7 @@ def _entry(value: Any) -> tuple[str, str]:
         raise Malformed(f"neither text nor caption (found: {', '.join(map(str, value))})")
     if len(texts) == 2 and texts[0] != texts[1]:
         raise Malformed("both text and caption, and they differ; keep one")
-    lines = texts[0] if isinstance(texts[0], list) else [texts[0] or ""]
+    lines = texts[0] if isinstance(texts[0], list) else ["" if texts[0] is None else texts[0]]
     for line in lines:
         if not isinstance(line, str):
             raise Malformed(f"the caption is {type(line).__name__}, not text")
