@@ -1,12 +1,14 @@
 """Names of the replaceable parts, each `name -> "module:attribute"`; a part is imported when it is asked for.
 
-A new algorithm, file format or model family is one file and one line here; the contract tests then run over it.
+A new algorithm, file format or model family is one file and one line here; the contract tests then run over it. Other
+packages have algorithms of their own by entry points: docs/algorithms.md.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 from vislora.errors import ConfigError, nearest
@@ -15,14 +17,33 @@ from vislora.errors import ConfigError, nearest
 class Registry(Mapping[str, Any]):
     """A read-only mapping from a name to a part that is imported on first use.
 
-    `aliases`: other names for some of them, which are understood but not listed.
+    `aliases`: other names for some of them, which are understood but not listed. `group`: of entry points, by which
+    other packages add parts.
     """
 
-    def __init__(self, kind: str, targets: dict[str, str], aliases: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, kind: str, targets: dict[str, str], aliases: Mapping[str, str] | None = None, group: str = ""
+    ) -> None:
         self.kind = kind
         self._targets = targets
         self._aliases = dict(aliases or {})
+        self._group = group
         self._parts: dict[str, Any] = {}
+
+    @cached_property
+    def others(self) -> dict[str, str]:
+        """The parts of other packages. Raises `ConfigError` for one that has the name of a part of this package."""
+        if not self._group:
+            return {}
+        from importlib.metadata import entry_points  # takes its time, and few ask for what is not here
+
+        found = {point.name: point.value for point in entry_points(group=self._group)}
+        taken = [name for name in found if name in self._targets or name in self._aliases]
+        if taken:
+            raise ConfigError(
+                f"{self.kind} '{taken[0]}' of {found[taken[0]]} has a name that is taken: rename it there"
+            )
+        return found
 
     def name_of(self, name: str) -> str:
         """Return the name that an alias stands for; any other name is returned as it is."""
@@ -33,25 +54,36 @@ class Registry(Mapping[str, Any]):
         return [alias for alias, target in self._aliases.items() if target == name]
 
     def __getitem__(self, name: str) -> Any:
-        """Import and return the part `name`. Raises `ConfigError` for an unknown name."""
+        """Import and return the part `name`.
+
+        Raises `ConfigError` for an unknown name, and for a part of another package that cannot be imported.
+        """
         name = self.name_of(name)
-        if name not in self._targets:
-            known = ", ".join(self._targets)
-            close = nearest(name, [*self._targets, *self._aliases])
-            raise ConfigError(f"unknown {self.kind} '{name}'{close}; known: {known}")
+        if name not in self:
+            close = nearest(name, [*self, *self._aliases])
+            raise ConfigError(f"unknown {self.kind} '{name}'{close}; known: {', '.join(self)}")
         if name not in self._parts:
-            module, attribute = self._targets[name].split(":")
-            self._parts[name] = getattr(importlib.import_module(module), attribute)
+            self._parts[name] = self._imported(name)
         return self._parts[name]
 
+    def _imported(self, name: str) -> Any:
+        if name in self._targets:
+            module, attribute = self._targets[name].split(":")
+            return getattr(importlib.import_module(module), attribute)
+        try:
+            module, attribute = self.others[name].split(":")
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(f"{self.kind} '{name}' cannot be had from {self.others[name]}: {error}") from error
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self._targets)
+        return iter([*self._targets, *self.others])
 
     def __len__(self) -> int:
-        return len(self._targets)
+        return len(self._targets) + len(self.others)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._targets or name in self._aliases
+        return name in self._targets or name in self._aliases or name in self.others
 
 
 _ALGORITHMS = {
@@ -67,11 +99,13 @@ _ALGORITHMS = {
     "oft_peft": "vislora.algorithms.oft_peft:OFT_PEFT",
     "ia3": "vislora.algorithms.ia3:IA3",
 }
-ALGORITHMS = Registry("algorithm", _ALGORITHMS)
+_GROUP = "vislora.algorithms"
+ALGORITHMS = Registry("algorithm", _ALGORITHMS, group=_GROUP)
 TRAINED = Registry(
     "algorithm",
     {name: target for name, target in _ALGORITHMS.items() if name not in ("norm", "set")},
     aliases={"locon": "lora", "diag-oft": "oft"},
+    group=_GROUP,
 )
 """Those that layers can have afresh; the other two are in files only."""
 

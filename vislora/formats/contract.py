@@ -75,6 +75,7 @@ class Format:
     whole(component, stored, family): the name of a layer of the original tree, for a module that fuses or reorders
     layers and cannot be cut; None when the format has the reference tree's names only.
     suffixes: slot -> end of key; a slot that is not among them cannot be written. `bias` stands for a module's bias.
+    foreign: whether slots of other packages' algorithms are written, under their own names.
     pack(modules, family, metadata): the files to write. zero_alpha: what an alpha of 0 means to its readers.
     magnitudes: where DoRA may be - on any module, per output or input; or on all of a component, per output.
     embeddings: may its files carry textual inversion embeddings, as `bundle_emb.NAME.slot`?
@@ -91,6 +92,7 @@ class Format:
     place: Callable[[str, str, str | None], Place | None] = _nowhere
     whole: Callable[[str, str, str | None], str | None] = _no_name
     suffixes: Mapping[str, str] = field(default_factory=dict)
+    foreign: bool = False
     pack: Callable[[list[Stored], str | None, dict[str, str]], list[Packed]] | None = None
     zero_alpha: Literal["no effect", "rank"] = "no effect"
     magnitudes: Literal["any", "all, per output"] = "all, per output"

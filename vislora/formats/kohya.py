@@ -112,9 +112,12 @@ def pack(modules: list[Stored], family: str | None, metadata: dict[str, str]) ->
 
 
 def entries(module: Stored, suffixes: Mapping[str, str]) -> dict[str, Tensor | float]:
-    """Return the tensors of `module` under its name: slots with these suffixes, magnitude, bias and alpha."""
+    """Return the tensors of `module` under its name: slots with these suffixes, magnitude, bias and alpha.
+
+    A slot without a suffix is of another package's algorithm, and stands under its own name.
+    """
     found: dict[str, Tensor | float] = {
-        f"{module.name}.{suffixes[slot]}": tensor for slot, tensor in module.tensors.items()
+        f"{module.name}.{suffixes.get(slot, slot)}": tensor for slot, tensor in module.tensors.items()
     }
     if module.magnitude is not None:
         found[f"{module.name}.dora_scale"] = _dora_scale(module, module.magnitude)
@@ -193,6 +196,7 @@ KOHYA = Format(
     place=place,
     whole=whole,
     suffixes=KOHYA_SUFFIXES,
+    foreign=True,
     pack=pack,
     zero_alpha="rank",
     magnitudes="any",

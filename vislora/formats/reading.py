@@ -100,9 +100,16 @@ def _sound(path: str | Path, allow_pickle: bool = False) -> ParsedFile:
         raise unknown_file(parsed)
     faults = problems(parsed.modules)
     if faults:
-        title = f"{path}: {len(faults)} of its {len(parsed.modules)} modules are damaged:"
-        raise AdapterFileError(listed(title, faults))
+        title = f"{path}: {len(faults)} of its {len(parsed.modules)} modules are damaged"
+        raise AdapterFileError(listed(f"{title}{_foreign(parsed)}:", faults))
     return parsed
+
+
+def _foreign(parsed: ParsedFile) -> str:
+    """Return a hint where modules have tensors of no known kind."""
+    names = {module.raw_name for module in parsed.modules}
+    first = next((ref.key for ref in parsed.extras if ref.key.rpartition(".")[0] in names), None)
+    return f", or of a kind whose package is not installed ('{first}' is of no known one)" if first else ""
 
 
 def _frame(parsed: ParsedFile, reader: _Reader) -> AdapterFile:

@@ -3,13 +3,18 @@
 lora_unet_mid_block_attentions_0_proj_in.lora_down.weight        -> down   (lora)
 unet.mid_block.attentions.0.proj_in.lora_A.default.weight        -> down   (lora)
 lycoris_mid_block_attentions_0_proj_in.hada_w1_a                 -> hada_w1_a   (loha)
+
+Slots of other packages' algorithms stand under their own names in files that LyCORIS' kinds are in.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
-from functools import lru_cache
+from functools import cache, lru_cache
+
+from vislora.errors import ConfigError
+from vislora.registry import ALGORITHMS
 
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 _LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
@@ -127,7 +132,8 @@ def split_key(key: str) -> tuple[str, str] | None:
         slot = _slot(".".join(parts)) if name and len(parts) == count else None
         if slot:
             return name, slot
-    return None
+    name, _, end = key.rpartition(".")
+    return (name, end) if name and end in foreign() else None
 
 
 @lru_cache(maxsize=4096)
@@ -135,6 +141,23 @@ def _slot(end: str) -> str | None:
     """Return the slot that this end of a key stands for. Models have few ends like `to_k.lora_A.weight`."""
     found = _END.fullmatch(end)
     return found.lastgroup if found else None
+
+
+@cache
+def foreign() -> dict[str, str]:
+    """Return slot -> kind of the algorithms that other packages have; they are imported, and torch with them.
+
+    Raises `ConfigError` for a slot that another kind has, or an algorithm that is not called as it is registered.
+    """
+    found: dict[str, str] = {}
+    for kind in ALGORITHMS.others:
+        if ALGORITHMS[kind].name != kind:
+            raise ConfigError(f"algorithm '{kind}' calls itself '{ALGORITHMS[kind].name}': it needs one name")
+        for slot in sorted(ALGORITHMS[kind].slots):
+            if slot in _NAMED or slot in found or not slot.isidentifier():
+                raise ConfigError(f"algorithm '{kind}': its slot '{slot}' is another kind's, or no name: rename it")
+            found[slot] = kind
+    return found
 
 
 def kind_of(slots: Collection[str]) -> str:
@@ -145,7 +168,10 @@ def kind_of(slots: Collection[str]) -> str:
     if any(slot.startswith("oft_blocks.") for slot in own):
         return "oft of several blocks"  # sd-scripts' OFT of a fused layer
     kinds = [kind for kind, members in KINDS.items() if own and own <= set(members)]
-    return kinds[0] if kinds else "unknown"
+    if kinds:
+        return kinds[0]
+    others = {foreign().get(slot) for slot in own}
+    return (others.pop() if len(others) == 1 else None) or "unknown"
 
 
 def missing_slots(kind: str, slots: Iterable[str]) -> list[str]:

@@ -21,6 +21,7 @@ from vislora.formats.names import DENOISERS, Share
 from vislora.formats.names.hints import family_of
 from vislora.formats.parsed import inputs_of
 from vislora.formats.rows import NotByRowsError, instead, is_swapped
+from vislora.formats.slots import KINDS
 from vislora.formats.tensor_file import write_tensors
 from vislora.registry import FORMATS
 
@@ -142,7 +143,7 @@ def why_unwritable(module: AdapterModule, form: Format, family: str | None) -> s
     if nowhere:
         return nowhere
     slots = sorted({*module.tensors, *(() if module.bias is None else ("bias",))} - set(form.suffixes))
-    if slots:
+    if slots and not (form.foreign and module.algo not in KINDS):
         advice = instead(module.algo, module.tensors)
         return f"{{}} modules with {' and '.join(slots)}, for which {form.name} files have no slot{advice}"
     return _why_not_meant(module, form)
