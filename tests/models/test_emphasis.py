@@ -135,6 +135,16 @@ def test_images_are_of_the_weights_and_nothing_stays():
     assert images(family, "a red cat", "a dog") == plain
 
 
+def test_a_prompt_that_comes_otherwise_is_told():
+    family = family_of("sd")
+    with (
+        pytest.raises(ConfigError, match="changes prompts before it reads them: leave weights out"),
+        emphasised(family, as_read(family, ["a (red:2) cat"])),
+    ):
+        family.encode_prompt(["another cat"])
+    assert not family.pipeline.text_encoder._forward_hooks
+
+
 @pytest.mark.parametrize("name", ["qwen-image", "sana"])
 def test_bases_that_read_within_instructions_read_weights_as_text(name):
     family = family_of(name)

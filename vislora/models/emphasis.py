@@ -84,21 +84,25 @@ def as_read(family: Family, prompts: Sequence[str]) -> list[Weighed]:
 def emphasised(family: Family, prompts: Sequence[Weighed], negative: Sequence[Weighed] = ()) -> Iterator[None]:
     """Have the text encoders weigh the prompts of a batch, and its negative prompts, when they read them, for a while.
 
-    Raises `ConfigError` when both are the same texts, with other weights.
+    Raises `ConfigError` when both are the same texts, with other weights; and at the end, when a text encoder was not
+    given the prompts as they are.
     """
     if [one.text for one in prompts] == [one.text for one in negative] and list(prompts) != list(negative):
         raise ConfigError(f"prompt: '{prompts[0].text}' is the negative prompt too, with other weights: change one")
     groups = [prompts, negative, [*negative, *prompts], [*prompts, *negative]]
     weighs = not all(prompt.is_plain for prompt in (*prompts, *negative))
-    hooks = []
+    weighers, hooks = [], []
     try:
         for encoder, tokenizer in _encoders(family) if weighs else ():
             known = [[_tokens(tokenizer, prompt) for prompt in group] for group in groups]
-            hooks.append(encoder.register_forward_hook(_Weigher(tokenizer, known), with_kwargs=True))
+            weighers.append(_Weigher(tokenizer, known))
+            hooks.append(encoder.register_forward_hook(weighers[-1], with_kwargs=True))
         yield
     finally:
         for hook in hooks:
             hook.remove()
+    if not all(weigher.met for weigher in weighers):
+        raise ConfigError("prompt: this base's pipeline changes prompts before it reads them: leave weights out")
 
 
 @dataclass(frozen=True)
@@ -123,10 +127,14 @@ class _Tokens:
 
 @dataclass
 class _Weigher:
-    """A hook on a text encoder. known: what it may be asked to read in one pass, row by row."""
+    """A hook on a text encoder.
+
+    known: what it may be asked to read in one pass, row by row. met: it was asked for some of that.
+    """
 
     tokenizer: Any
     known: list[list[_Tokens]]
+    met: bool = field(default=False)
     asking: bool = field(default=False)
 
     def __call__(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
@@ -156,6 +164,7 @@ class _Weigher:
         for group in self.known:
             found = [prompt.weights_in(row) for prompt, row in zip(group, rows, strict=False)]
             if len(group) == len(rows) and None not in found:
+                self.met = True
                 for row, own in enumerate(found):
                     weights[row, : len(own or ())] = torch.tensor(own)
                 break
