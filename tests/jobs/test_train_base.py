@@ -10,7 +10,7 @@ from tests import tiny
 from tests.inject.helpers import require_equal_states
 from tests.jobs.train_helpers import config, trained
 from vislora.errors import AdapterMismatchError, ConfigError
-from vislora.inject.trained import inject_fresh
+from vislora.inject.trained import inject_trained
 from vislora.jobs import fresh
 from vislora.models.base import load_family
 from vislora.records import Done, Progress
@@ -52,9 +52,9 @@ def test_a_component_that_cannot_have_its_adapter_leaves_none_on_the_others(fail
     def inject(model, *rest):
         if model is bases[0].components[failing]:
             raise AdapterMismatchError("a layer has a forward of its own")
-        return inject_fresh(model, *rest)
+        return inject_trained(model, *rest)
 
-    monkeypatch.setattr(fresh, "inject_fresh", inject)
+    monkeypatch.setattr(fresh, "inject_trained", inject)
     with pytest.raises(AdapterMismatchError, match="of its own"):
         trained(tmp_path, "sd3", adapter__text_encoders=True)
     require_as_loaded(bases[0], "sd3")
