@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from vislora import formats
-from vislora.errors import AdapterFileError
+from vislora.errors import AdapterFileError, ConfigError
+from vislora.formats.slots import foreign
+from vislora.registry import ALGORITHMS
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "algorithms.md").read_text()
@@ -88,11 +90,28 @@ BROKEN = {
 }
 
 
+@pytest.fixture
+def anew():
+    """Have this process look for other packages, and forget them afterwards."""
+
+    def forget():
+        foreign.cache_clear()
+        ALGORITHMS.__dict__.pop("others", None)
+        ALGORITHMS._parts.pop("hira", None)
+        ALGORITHMS._parts.pop("hirra", None)
+        sys.modules.pop("hira", None)
+
+    forget()
+    yield
+    forget()
+
+
 @pytest.mark.parametrize("what", BROKEN)
-def test_a_package_that_is_wrong_is_named(what, tmp_path):
+def test_a_package_that_is_wrong_is_named(what, tmp_path, monkeypatch, anew):
     entry, change, reason = BROKEN[what]
     old, _, new = change.partition("=")
     code = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[0]
-    env = installed(tmp_path, entry, code.replace(old, new) if old else code)
-    done = python(env, "-c", "from vislora.formats.slots import foreign; foreign()")
-    assert reason in done.stderr
+    installed(tmp_path, entry, code.replace(old, new) if old else code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=reason):
+        foreign()
