@@ -183,21 +183,28 @@ def _fresh(
     slots = {name: slot if name in constants else nn.Parameter(slot) for name, slot in drawn.items()}
     alpha = float(target.rank if target.alpha is None else target.alpha)
     fresh = LayerAdapter(algorithm, slots, algorithm.scale(slots, alpha, options.rule), dropout=options.dropout)
-    problem = unreadable(layer, spec, algorithm.name) if algorithm.needs_base else None
-    if problem:
-        raise ConfigError(problem)
+    if algorithm.needs_base:
+        _require_readable(layer, spec, algorithm.name)
     if options.dora:
         fresh.magnitude = _fresh_magnitude(layer, spec)
-    own = algorithm.own_rule(slots) in ("none", "constraint")
-    return fresh, Trained(algorithm.name, None if own else alpha, options.rule, target.learning_rate)
+    return fresh, Trained(algorithm.name, _counted(fresh, alpha), options.rule, target.learning_rate)
+
+
+def _counted(layer: LayerAdapter, alpha: float) -> float | None:
+    """Return `alpha`, or None where the scale of these slots is not made of one."""
+    return None if layer.algorithm.own_rule(layer.slots) in ("none", "constraint") else alpha
+
+
+def _require_readable(layer: nn.Module, spec: LayerSpec, name: str) -> None:
+    problem = unreadable(layer, spec, name)
+    if problem:
+        raise ConfigError(problem)
 
 
 def _fresh_magnitude(layer: nn.Module, spec: LayerSpec) -> nn.Parameter:
     """Return the norms of the layer's weight. Raises `ConfigError` for a layer whose weight has none per output."""
     require_kind("dora", spec, frozenset({"linear", "conv"}))
-    problem = unreadable(layer, spec, "dora")
-    if problem:
-        raise ConfigError(problem)
+    _require_readable(layer, spec, "dora")
     return nn.Parameter(norms(layer.weight.detach().float()).flatten())  # type: ignore[operator]
 
 
@@ -219,5 +226,4 @@ def _begun(layer: LayerAdapter, path: str, dropout: Dropout) -> Trained:
     if layer.magnitude is not None:
         layer.magnitude = nn.Parameter(layer.magnitude.detach().float().flatten().clone())
     layer.dropout = dropout
-    own = algorithm.own_rule(layer.slots) in ("none", "constraint")
-    return Trained(algorithm.name, None if own else layer.scale * algorithm.rank(layer.slots), "alpha/r")
+    return Trained(algorithm.name, _counted(layer, layer.scale * algorithm.rank(layer.slots)), "alpha/r")

@@ -78,8 +78,9 @@ def run(config: TrainConfig) -> Iterator[Record]:
         yield from _memory(plan, family, data, chosen, resting)
         with learning(config, family, chosen, captions_of(data.examples)) as learned:
             require_writable(learned, plan, family)
-            begin = config.adapter.begin
-            for line in [f"going on from {begin}"] * bool(begin) + summary(family.components, learned.adapters):
+            if config.adapter.begin is not None:
+                yield Note(f"going on from {config.adapter.begin}")
+            for line in summary(family.components, learned.adapters):
                 yield Note(line)
             job = assemble(plan, folder, family, data, learned, accelerator, about, resting)
             if state is not None:

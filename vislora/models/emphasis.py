@@ -89,13 +89,12 @@ def emphasised(family: Family, prompts: Sequence[Weighed], negative: Sequence[We
     """
     if [one.text for one in prompts] == [one.text for one in negative] and list(prompts) != list(negative):
         raise ConfigError(f"prompt: '{prompts[0].text}' is the negative prompt too, with other weights: change one")
-    groups = [prompts, negative, [*negative, *prompts], [*prompts, *negative]]
     weighs = not all(prompt.is_plain for prompt in (*prompts, *negative))
     weighers, hooks = [], []
     try:
         for encoder, tokenizer in _encoders(family) if weighs else ():
-            known = [[_tokens(tokenizer, prompt) for prompt in group] for group in groups]
-            weighers.append(_Weigher(tokenizer, known))
+            mine, theirs = ([_tokens(tokenizer, prompt) for prompt in texts] for texts in (prompts, negative))
+            weighers.append(_Weigher(tokenizer, [mine, theirs, [*theirs, *mine], [*mine, *theirs]]))
             hooks.append(encoder.register_forward_hook(weighers[-1], with_kwargs=True))
         yield
     finally:
@@ -139,10 +138,12 @@ class _Weigher:
 
     def __call__(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Weigh what the encoder made of the prompts that are known."""
+        if self.asking:
+            return out
         named = {"input_ids": args[0], **kwargs} if args else kwargs
         ids: Tensor = named["input_ids"]
         weights = self._weights(ids)
-        if self.asking or bool((weights == 1.0).all()):
+        if bool((weights == 1.0).all()):
             return out
         self.asking = True
         try:
