@@ -18,11 +18,11 @@ demo: $(VENV)/run.stamp  ## train a style, stack it with another, convert it: of
 	$(BIN)/python train_scripts/demo.py
 
 # One thread per worker: workers that each take all cores are slower than one process alone.
-test: $(VENV)/dev.stamp  ## all quick tests
+test: $(VENV)/dev.stamp  ## the quick tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
-test-slow: $(VENV)/dev.stamp  ## the tests that train for minutes
-	$(BIN)/python -m pytest -m slow
+test-slow: $(VENV)/dev.stamp  ## all other tests: the rest of the variants, whole trainings (before a release)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --maxprocesses 8
 
 check: $(VENV)/dev.stamp  ## style, types, direction of imports
 	$(BIN)/python -m ruff check .

@@ -147,6 +147,7 @@ class Killed(Exception):
     """The machine went away."""
 
 
+@pytest.mark.quick("sd")
 @pytest.mark.parametrize("name", ["sd", "sd3"])
 def test_a_training_that_was_killed_goes_on_as_if_it_had_not_been(name, tmp_path, monkeypatch):
     import base.denoiser

@@ -75,6 +75,7 @@ def test_it_is_trained_read_and_converted_like_any_other(tmp_path):
         formats.load(path)
 
 
+@pytest.mark.slow
 def test_the_contract_is_put_to_it(tmp_path):
     command = PAGE.split("python -m pytest -q ")[-1].split("\n")[0].split()
     done = python(installed(tmp_path), "-m", "pytest", "-p", "no:cacheprovider", *command)

@@ -28,6 +28,7 @@ LISTINGS = {
 }
 
 
+@pytest.mark.quick("kohya_sd15_*", "kohya_sd3_*")
 @pytest.mark.parametrize("listing", LISTINGS)
 def test_kohya_files_of_real_models_go_through_every_format_and_back_bit_for_bit(listing, tmp_path):
     family, stored, modules = LISTINGS[listing]

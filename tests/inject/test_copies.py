@@ -120,6 +120,7 @@ def compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.quick("False")
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("runs_first", [True, False])
 @torch.no_grad()
@@ -142,6 +143,7 @@ def test_compiled_before_injection(runs_first):
     assert torch.equal(tiny.output(compiled, "cnn"), before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 @torch.no_grad()
 def test_a_compiled_block_of_a_unet():
@@ -168,6 +170,7 @@ def test_compiled_after_injection():
     assert torch.equal(tiny.output(compiled, "cnn"), before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 @torch.no_grad()
 def test_layers_compiled_in_place():

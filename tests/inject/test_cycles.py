@@ -75,6 +75,7 @@ def living() -> int:
 STRENGTHS = (0.0, 1.0, -0.3, [0.5, None], [1.0, -1.0], Strength(0.7, layers={"up": 0.0, "conv": 2.0}))
 
 
+@pytest.mark.quick("dtype0")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @torch.no_grad()
 def test_a_thousand_random_cycles_leave_the_bytes_and_the_memory_as_they_were(dtype):

@@ -149,6 +149,7 @@ def test_copies_keep_strengths_and_their_moment():
         assert torch.equal(tiny.output(model, "vit"), out)
 
 
+@pytest.mark.quick("False")
 @pytest.mark.parametrize("loads_first", [True, False])
 @torch.no_grad()
 def test_compiled_models_without_room_follow_the_moment_too(loads_first):

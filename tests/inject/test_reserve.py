@@ -44,6 +44,7 @@ def set_strength(model, name, strength):
     settle(model)
 
 
+@pytest.mark.quick("False-clip", "True-flux")
 @pytest.mark.parametrize("name", ["flux", "clip", "unet"])
 @pytest.mark.parametrize("in_place", [False, True])
 @torch.no_grad()

@@ -58,6 +58,7 @@ def single_file(folder, path, family, part):
     return path
 
 
+@pytest.mark.quick("flux")
 @pytest.mark.parametrize("family", FOLDERS)
 def test_a_merged_folder_is_the_runtime_and_touches_nothing_else(family, adapters, tmp_path):
     base, output = tiny.saved(family), tmp_path / "merged"

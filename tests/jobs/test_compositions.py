@@ -200,6 +200,7 @@ def test_settings_of_klora_are_required(pipeline):
         vislora.set_composition(pipeline, "klora")
 
 
+@pytest.mark.quick("switch")
 @pytest.mark.parametrize("method", ["switch", "composite", "klora"])
 def test_an_image_of_a_composition_is_made_again(method, tmp_path, adapters):  # noqa: F811
     compose = {"method": method, **({"content": "sd-a", "style": "sd-b"} if method == "klora" else {})}
@@ -271,6 +272,7 @@ def test_words_that_cannot_be_weighed_are_told(prompt, words, message):
         vislora.prompt_shares(fresh("sd").unet, prompt, words)
 
 
+@pytest.mark.quick("switch")
 @pytest.mark.parametrize("method", ["switch", "composite"])
 def test_images_weigh_their_adapters_by_their_own_prompts(method, tmp_path, adapters):  # noqa: F811
     settings = {"adapter": ("sd-a:0.8", "sd-b:0.5"), "adapters": (adapters,), "steps": 5}

@@ -115,6 +115,7 @@ def test_a_pickle_is_no_mask(tmp_path):
         vislora.Stack.of([{"adapter": "a", "region": str(tmp_path / "mask.png")}])
 
 
+@pytest.mark.quick("sd3")
 @pytest.mark.parametrize("family", tiny.STAPLES)
 def test_an_image_of_a_declared_stack_is_made_again(family, tmp_path, adapters):  # noqa: F811
     mask = mask_file(tmp_path / "mask.png")
@@ -135,6 +136,7 @@ def test_an_image_of_a_declared_stack_is_made_again(family, tmp_path, adapters):
     assert f"<lora:{family}-c:-0.5>" in shown
 
 
+@pytest.mark.quick("sd")
 @pytest.mark.parametrize("family", tiny.STAPLES)
 def test_images_with_stacks_of_their_own_share_a_batch(family, tmp_path, adapters):  # noqa: F811
     tags = [f"<lora:{family}-a:1>", f"<lora:{family}-b:0.5>", f"<lora:{family}-c:-1>"]

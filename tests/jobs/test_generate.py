@@ -53,6 +53,7 @@ def same(one, other):
     return len(one) == len(other) and all((pixels(a) == pixels(b)).all() for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.quick("sd")
 @pytest.mark.parametrize("family", tiny.STAPLES)
 def test_a_batch_is_its_single_images(family, tmp_path, adapters):
     stack = {"adapter": (f"{adapters}/{family}-a.safetensors:0.5",)}
@@ -64,6 +65,7 @@ def test_a_batch_is_its_single_images(family, tmp_path, adapters):
     assert not same(single[:1], single[1:2])
 
 
+@pytest.mark.quick("sd3")
 @pytest.mark.parametrize("family", tiny.STAPLES)
 def test_strength_zero_is_the_base_and_the_order_is_no_matter(family, tmp_path, adapters):
     names = [f"{adapters}/{family}-{letter}.safetensors" for letter in "abc"]
@@ -89,6 +91,7 @@ def test_files_of_one_name_may_come_in_any_order(tmp_path, adapters):
     assert [row["name"] for row in one[0].recipe.adapters] == ["a/ink", "b/ink", "c/ink"]
 
 
+@pytest.mark.quick("sd")
 @pytest.mark.parametrize("family", tiny.STAPLES)
 def test_an_image_is_made_again_bit_for_bit(family, tmp_path, adapters):
     stack = {"adapter": (f"{adapters}/{family}-a.safetensors:0.5", f"{adapters}/{family}-b.safetensors:-0.3")}
@@ -307,6 +310,7 @@ def test_every_scheduler_runs(family, name, tmp_path):
     assert pixels(picture).std() > 1
 
 
+@pytest.mark.quick("ddpm", "lcm")
 @pytest.mark.parametrize("name", ["dpm++-sde", "ddpm", "euler-a", "lcm", "tcd"])
 def test_noise_between_steps_is_of_each_image_s_own_seed(name, tmp_path):
     single = made(tmp_path, count=3, scheduler=name, steps=4)

@@ -36,6 +36,7 @@ def alike(one, other):
             torch.testing.assert_close(item.magnitude.flatten(), other[key].magnitude.flatten())
 
 
+@pytest.mark.quick("settings2-diffusers", "settings4-kohya", "settings5-kohya")
 @pytest.mark.parametrize(
     ("settings", "form"),
     [

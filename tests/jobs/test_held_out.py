@@ -107,6 +107,7 @@ def test_measuring_changes_no_step_and_repeats(tmp_path):
     assert losses(tmp_path / "once") == {step: losses(tmp_path / "often")[step] for step in (0, 4)}
 
 
+@pytest.mark.quick("sd-*")
 @pytest.mark.parametrize(("family", "rate"), [("sd", 0.5), ("sdxl", 0.5)])
 def test_the_adapter_of_the_lowest_loss_is_kept(family, rate, tmp_path):
     how = {**WORSE, "optimizer__learning_rate": rate}

@@ -53,6 +53,7 @@ def test_they_are_learned_at_their_own_rate_and_the_base_is_as_before(tmp_path):
     assert not torch.allclose(two, first[: len(two)], atol=1e-3)
 
 
+@pytest.mark.quick("0.5")
 @pytest.mark.parametrize("ema", [0.0, 0.5])
 def test_a_run_with_words_goes_on_to_the_same_bits(ema, tmp_path):
     settings = {"optimizer__schedule": "constant", "loop__ema": ema, "data__caption_dropout": 0.3}

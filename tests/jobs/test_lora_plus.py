@@ -19,6 +19,7 @@ def made(root, family, ratio, settings):
     return load_file(value.path)
 
 
+@pytest.mark.quick("loha-True", "lora-False")
 @pytest.mark.parametrize("text_encoders", [False, True])
 @pytest.mark.parametrize("algorithm", ["lora", "loha", "lokr"])
 def test_a_step_is_longer_by_the_ratio_for_them_alone(tmp_path, algorithm, text_encoders):

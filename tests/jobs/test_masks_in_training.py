@@ -31,6 +31,7 @@ def test_the_mean_is_of_what_the_mask_keeps():
     assert torch.allclose(mean_of(error[:, :, None], mask), mean_of(error, mask))
 
 
+@pytest.mark.quick("sd", "flux")
 @pytest.mark.parametrize("family", ["sd", "sdxl", "flux", "qwen-image", "sana"])
 def test_every_family_learns_in_part(family, tmp_path):
     masks = masks_of(tmp_path, 2)

@@ -89,6 +89,7 @@ def drift(path, caption):
         return float((family.predict(x, t, family.encode_prompt([caption])) - before).norm())
 
 
+@pytest.mark.quick("False")
 @pytest.mark.parametrize("text_encoders", [False, True])
 def test_a_run_keeps_more_of_the_base_where_the_trigger_is_missing(text_encoders, tmp_path):
     rate = {"optimizer__learning_rate": 2e-2, "loop__steps": 30, "adapter__text_encoders": text_encoders}

@@ -15,6 +15,7 @@ from vislora.jobs.train import run
 pytest.importorskip("bitsandbytes")
 
 
+@pytest.mark.quick("sd-nf4", "flux-int8")
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 @pytest.mark.parametrize("family", ["sd", "flux"])
 def test_an_adapter_is_trained_and_used(tmp_path, family, kind):

@@ -41,6 +41,7 @@ def root(tmp_path):
 HOW = {"data__resolution": 32, "data__more_resolutions": [64], "loop__batch_size": 1, "loop__steps": 5}
 
 
+@pytest.mark.quick("sd")
 @pytest.mark.parametrize("family", ["sd", "sdxl", "flux"])
 def test_each_image_is_seen_at_all_that_it_is_large_enough_for(family, root, seen):
     value, records = trained(root, family, **HOW)

@@ -78,6 +78,7 @@ def slid(root, **settings):
     return trained(root, "sd", data={}, slider={**SLIDER}, **settings)
 
 
+@pytest.mark.quick("True")
 @pytest.mark.parametrize("text_encoders", [False, True])
 def test_strengths_lead_to_either_end(text_encoders, tmp_path):
     how = {"loop__steps": 60, "optimizer__learning_rate": 1e-2, "adapter__text_encoders": text_encoders}

@@ -164,6 +164,7 @@ def test_noise_offset_is_the_same_over_a_channel(small_batch):
     assert difference.abs().max() > 0
 
 
+@pytest.mark.quick("sd3")
 @pytest.mark.parametrize("family", ["sd", "sd3"])
 def test_timesteps_are_drawn_as_the_settings_say(family, tmp_path, monkeypatch):
     drawn = []
@@ -236,6 +237,7 @@ def test_gradient_checkpointing_computes_the_same(tmp_path, monkeypatch):
         assert torch.allclose(one[key], two[key], atol=1e-6)
 
 
+@pytest.mark.quick("sd")
 @pytest.mark.parametrize("family", tiny.STAPLES)
 def test_bf16_on_a_cpu_keeps_the_adapter_in_float32(family, tmp_path):
     value, _ = trained(
@@ -455,6 +457,7 @@ def captions_in(batches, of=""):
     return [caption for batch in batches for caption in batch[f"{of}captions"]]
 
 
+@pytest.mark.quick("True")
 @pytest.mark.parametrize("text_encoders", [False, True])
 def test_an_image_is_seen_with_each_of_its_captions(text_encoders, tmp_path, seen):
     image_folder(tmp_path / "images", 2)
@@ -470,6 +473,7 @@ def test_an_image_is_seen_with_each_of_its_captions(text_encoders, tmp_path, see
     assert set(captions_in(seen, "prior_")) == {"a red cat", "cat", "red, cat", "a dog"}
 
 
+@pytest.mark.quick("True")
 @pytest.mark.parametrize("text_encoders", [False, True])
 def test_tags_take_other_places_at_other_visits(text_encoders, tmp_path, seen):
     image_folder(tmp_path / "images", 1)

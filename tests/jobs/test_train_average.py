@@ -51,6 +51,7 @@ def snapshot(module):
     return numbers(tensor.detach().clone() for tensor in module.parameters())
 
 
+@pytest.mark.quick("3")
 @pytest.mark.parametrize("number", [1, 3])
 def test_a_stopped_run_goes_on_to_the_same_average(tmp_path, number):
     whole, _ = trained(tmp_path, loop__ema=0.5, name="a")

@@ -41,6 +41,7 @@ def require_as_loaded(base, family):
         assert not any("vislora" in key for layer in module.modules() for key in layer.__dict__)
 
 
+@pytest.mark.quick("sd")
 @pytest.mark.parametrize("family", tiny.STAPLES)
 def test_the_base_is_as_before(family, tmp_path, bases):
     trained(tmp_path, family, adapter__text_encoders=True, sample__every=4, sample__prompts=("a cat",))

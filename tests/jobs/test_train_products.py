@@ -84,6 +84,7 @@ def test_peft_computes_with_its_rotation_what_this_does(made):
     torch.testing.assert_close(output(own), output(adapted), rtol=0, atol=2e-5)
 
 
+@pytest.mark.quick("ia3")
 @pytest.mark.parametrize("kind", ["oft", "ia3"])
 def test_constants_are_not_learned_and_a_resumed_run_has_them(kind, tmp_path):
     settings = {"name": "x", "adapter__algorithm": kind, "loop__save_every": 2}

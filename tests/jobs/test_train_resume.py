@@ -73,6 +73,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(family, number, tmp_path):
     assert steps_in(tmp_path / "run" / "log.jsonl") == [1, 2, 3, 4]
 
 
+@pytest.mark.quick("adafactor")
 @pytest.mark.parametrize("name", ["adafactor", "sgd"])
 def test_every_optimizer_goes_on_to_the_same_bits(name, tmp_path):
     extra = {"optimizer__name": name, "loop__gradient_accumulation": 2, "adapter__text_encoders": True}
@@ -264,6 +265,7 @@ def test_leftovers_of_a_kill_are_passed_over(tmp_path, whole_path):
     assert same(whole_path, value.path)
 
 
+@pytest.mark.quick("cut-state.json", "gone-state.safetensors")
 @pytest.mark.parametrize("file", ["state.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
 def test_a_damaged_checkpoint_is_one_clear_error(file, damage, tmp_path):
@@ -383,6 +385,7 @@ def test_a_second_signal_ends_at_once(tmp_path):
     assert value.finished
 
 
+@pytest.mark.quick("kohya")
 @pytest.mark.parametrize("format", ["kohya", "peft"])
 def test_each_checkpoint_has_its_adapter(format, tmp_path):
     kept = {"format": format, "loop__save_every": 1, "loop__keep_checkpoints": 3, "loop__steps": 5}

@@ -40,6 +40,7 @@ def distances(path, adapters):  # noqa: F811
     return sum(found)
 
 
+@pytest.mark.slow
 def test_the_whole_comes_nearer_to_each_alone(tmp_path, adapters):  # noqa: F811
     report = zipped(adapters, tmp_path / "zip.safetensors")
     assert report.method == "ziplora"
@@ -61,6 +62,7 @@ def test_columns_are_scaled_and_nothing_else(tmp_path, adapters):  # noqa: F811
     assert not torch.allclose(rows[0], torch.ones_like(rows[0]), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_learning_is_the_same_again(tmp_path, adapters):  # noqa: F811
     for name in ("one", "two"):
         zipped(adapters, tmp_path / f"{name}.safetensors", steps=3, seed=4)

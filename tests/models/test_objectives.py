@@ -118,6 +118,7 @@ def test_sdxl_is_told_the_sizes_of_each_image(name, told):
     assert torch.equal(seen["added_cond_kwargs"]["time_ids"][0, :4], torch.tensor([16.0, 16.0, 0.0, 0.0]))
 
 
+@pytest.mark.quick("sd", "flux")
 def test_an_image_is_learnt(trainee):
     """The loss on one image falls, on draws that training has not seen."""
     _, _, module, batch = trainee

@@ -29,6 +29,7 @@ def latents(pipeline, family):
 
 
 # not PixArt, whose pipelines have no loader, and not SDXL's refiner, which makes no picture from a prompt
+@pytest.mark.quick("sd", "sdxl", "flux")
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("pixart", "sdxl-refiner")])
 def test_diffusers_loads_it_and_makes_our_image(family, tmp_path):
     value, _ = trained(

@@ -52,6 +52,7 @@ def seen(family, path, latents, conditioning):
     return found[0]
 
 
+@pytest.mark.quick("flux-transformer_blocks.*", "flux-single_*", "z-image-layers.*", "qwen-image-edit-*.to_q")
 @pytest.mark.parametrize(("name", "path"), CASES)
 def test_an_effect_is_where_the_region_is(name, path):
     family, latents, conditioning, patch = prepared(name)

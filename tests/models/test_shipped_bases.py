@@ -37,7 +37,14 @@ print([text for text in heard if "torchvision" not in text])  # that is about th
 """
 
 
-@pytest.mark.parametrize(("name", "absent"), [("", {}), ("icons-dit", {"text_encoder_3": None, "tokenizer_3": None})])
+@pytest.mark.quick("icons")
+@pytest.mark.parametrize(
+    ("name", "absent"),
+    [
+        pytest.param("", {}, id="icons"),
+        pytest.param("icons-dit", {"text_encoder_3": None, "tokenizer_3": None}, id="icons-dit"),
+    ],
+)
 def test_diffusers_loads_it_without_a_warning(name, absent):
     folder = place_of(name)
     pipeline = json.loads((folder / "model_index.json").read_text())["_class_name"]

@@ -159,6 +159,7 @@ def image(family):
     return next(make_images(family, [Shot("a red cat", "", 0)], how))[0].tobytes()
 
 
+@pytest.mark.quick("sd", "flux2", "sd3")
 @pytest.mark.parametrize("family", ["sd", "sdxl", "unet", "sd3", "z-image", "flux2", "qwen-image"])
 def test_a_file_is_the_folder_that_it_was_made_of(family, files):
     path, folder = files[family]

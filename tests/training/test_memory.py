@@ -69,6 +69,7 @@ def test_what_is_kept_is_counted_without_memory(name):
     assert estimate(family, step).activations == pytest.approx(real, rel=0.1)
 
 
+@pytest.mark.quick("oft", "lokr")
 @pytest.mark.parametrize("algorithm", [name for name in TRAINED if name != "lora"])
 def test_so_it_is_with_every_algorithm(algorithm):
     family, step = made("sd", algorithm=algorithm)
@@ -76,6 +77,7 @@ def test_so_it_is_with_every_algorithm(algorithm):
     assert estimate(family, step).activations == pytest.approx(real, rel=0.1)
 
 
+@pytest.mark.quick("sd")
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
 def test_text_encoders_that_read_learned_words_keep_theirs_too(name):
     family, plain = made(name)
@@ -118,6 +120,7 @@ def test_the_base_is_as_it_was():
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
+@pytest.mark.quick("flux")
 @pytest.mark.parametrize("name", ["sd", "flux"])
 def test_settings_change_it_as_they_change_the_run(name):
     plain = estimate(*made(name))
