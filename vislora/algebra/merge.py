@@ -29,7 +29,7 @@ from vislora.algebra.low_rank import (
     product_norm,
     relative,
 )
-from vislora.algebra.to_lora import exact_product, kernel_of, metadata_of_lora, stored, tree_of, with_kernel
+from vislora.algebra.to_lora import exact_product, kernel_of, metadata_of, stored, tree_of, with_kernel
 from vislora.errors import AdapterFileError, AdapterMismatchError, listed
 from vislora.formats.adapter_file import AdapterFile, AdapterModule
 from vislora.formats.tensor_file import same_bits
@@ -114,7 +114,7 @@ def merge(parts: Sequence[Part], how: How = SUM) -> tuple[AdapterFile, list[Merg
     if not made:
         raise AdapterFileError("nothing to merge: every strength is 0")
     modules = [module for module, _ in made]
-    metadata = metadata_of_lora(_common_metadata(parts), modules)
+    metadata = metadata_of(modules, _common_metadata(parts), family)
     merged = AdapterFile(modules=modules, family=family, metadata=metadata, embeddings=_embeddings(parts))
     return merged, [told for _, told in made]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vislora.algebra.low_rank import Limits, as_stored, nearest_product, nearest_to_product, product_norm, relative
-from vislora.algebra.to_lora import exact_product, kernel_of, metadata_of_lora, stored, tree_of, with_kernel
+from vislora.algebra.to_lora import exact_product, kernel_of, metadata_of, stored, tree_of, with_kernel
 from vislora.formats.adapter_file import AdapterFile, AdapterModule
 
 
@@ -55,7 +55,7 @@ def resize(
         made, line = (module, Left(module.name, reason)) if reason else _resized(module, limits, dtype, tree)
         modules.append(made)
         told.append(line)
-    return replace(adapter, modules=modules, metadata=metadata_of_lora(adapter.metadata, modules)), told
+    return replace(adapter, modules=modules, metadata=metadata_of(modules, adapter.metadata, adapter.family)), told
 
 
 def _why_left(module: AdapterModule) -> str:

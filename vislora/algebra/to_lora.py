@@ -30,6 +30,7 @@ from vislora.algebra.low_rank import (
 )
 from vislora.formats.adapter_file import AdapterFile, AdapterModule, taken
 from vislora.formats.cutting import Whole, part_fields
+from vislora.formats.kohya import network_keys
 from vislora.formats.names import FAMILY_NAMES
 from vislora.formats.parsed import inputs_of
 from vislora.formats.peft_config import METADATA_KEY
@@ -39,8 +40,6 @@ from vislora.formats.writing import family_for_writing
 
 PLAIN = frozenset({"down", "up"})
 EMBEDDING = frozenset({"embedding_down", "embedding_up"})
-# sd-scripts' keys of what the modules are
-NETWORK = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
 EXACT = {"loha": loha_product, "lokr": lokr_product}
 # kernels of the denoisers' convs by the end of their paths: LoHa and LoKr store matrices, which do not tell
 KERNELS = (
@@ -97,19 +96,17 @@ def to_lora(adapter: AdapterFile, limits: Limits = EVERYTHING) -> tuple[AdapterF
             told += [Kept(module.name, reason)] if reason else []
         modules += parts_of_whole(made, family) if made.uncut else [made]
     metadata = (
-        metadata_of_lora(adapter.metadata, modules) if any(isinstance(item, Conversion) for item in told) else None
+        metadata_of(modules, adapter.metadata, family) if any(isinstance(item, Conversion) for item in told) else None
     )
     return replace(adapter, modules=modules, family=family, metadata=metadata or adapter.metadata), told
 
 
-def metadata_of_lora(metadata: Mapping[str, str], modules: list[AdapterModule]) -> dict[str, str]:
-    """Return the metadata without what it says of the former kinds: a writer says afresh what is missing."""
+def metadata_of(modules: Sequence[AdapterModule], metadata: Mapping[str, str], family: str | None) -> dict[str, str]:
+    """Return the metadata of what `modules` were with what it says of them told anew; a writer says what is missing."""
     kept = {key: value for key, value in metadata.items() if key != METADATA_KEY}
-    if NETWORK[0] not in kept or any(frozenset(module.tensors) != PLAIN for module in modules):
+    if "ss_network_module" not in kept or any(module.unsupported for module in modules):
         return kept
-    ranks, alphas = {module.rank for module in modules}, {module.alpha for module in modules}
-    sizes = [str(found.pop()) if len(found) == 1 else "Dynamic" for found in (ranks, alphas)]
-    return {**kept, **dict(zip(NETWORK, ["networks.lora", *sizes, "{}"], strict=True))}
+    return {**kept, **network_keys(modules, family)}
 
 
 def _why_kept(module: AdapterModule, any_rank: bool) -> str | None:

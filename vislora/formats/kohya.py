@@ -9,7 +9,7 @@ Spec: sd-scripts networks/lora.py (SD), networks/lora_sd3.py (SD3: the original 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,8 @@ from vislora.formats.slots import KOHYA_SUFFIXES
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from vislora.formats.adapter_file import AdapterModule
 
 LYCORIS_NAMES = {"oft": "diag-oft"}
 """What LyCORIS calls a kind, where that is another name."""
@@ -159,29 +161,54 @@ def _read_zero_alpha(module: ParsedModule) -> None:
         )
 
 
-def _arguments(kinds: set[str]) -> dict[str, str]:
-    """Return LyCORIS' setting for the one kind that there is."""
-    kind = next(iter(kinds))
-    return {"algo": LYCORIS_NAMES.get(kind, kind)} if len(kinds) == 1 and kind != "lora" else {}
+def network_keys(modules: Sequence[AdapterModule | Stored], family: str | None) -> dict[str, str]:
+    """Return sd-scripts' keys of what the modules are: `ss_network_module`, `_dim`, `_alpha` and `_args`.
+
+    Where no module has a scale there is neither rank nor alpha.
+    """
+    scaled = [module for module in modules if module.rule != "own"]
+    dim = _one({str(module.rank) for module in scaled})
+    alpha = _one({str(float(module.rank if module.alpha is None else module.alpha)) for module in scaled})
+    sizes = {"ss_network_dim": dim, "ss_network_alpha": alpha} if scaled else {}
+    names = FAMILY_NAMES.get(family or "")
+    own = names.network_module if names else FamilyNames.network_module
+    arguments = {"conv_dim": dim, "conv_alpha": alpha} if any(_has_kernel(module) for module in modules) else {}
+    plain = all(
+        module.tensors.keys() == {"down", "up"} and module.magnitude is module.bias is None for module in modules
+    )
+    return {
+        "ss_network_module": own if plain else "lycoris.kohya",
+        **sizes,
+        "ss_network_args": json.dumps(arguments if plain else {**arguments, **_lycoris_arguments(modules)}),
+    }
+
+
+def _one(found: set[str]) -> str:
+    """Return the one value that there is, "Dynamic" when there are several, as sd-scripts and LyCORIS say it."""
+    return min(found) if len(found) == 1 else "Dynamic"
+
+
+def _has_kernel(module: AdapterModule | Stored) -> bool:
+    """Say whether this is LoRA on a conv that is larger than 1 x 1, which has a rank of its own in sd-scripts."""
+    return "down" in module.tensors and any(size > 1 for size in module.tensors["down"].shape[2:])
+
+
+def _lycoris_arguments(modules: Sequence[AdapterModule | Stored]) -> dict[str, str]:
+    """Return LyCORIS' settings for modules like these; no algorithm where there are several."""
+    kinds = {module.algo for module in modules}
+    axes = {module.magnitude_axis for module in modules if module.magnitude is not None}
+    found = {"algo": LYCORIS_NAMES.get(min(kinds), min(kinds))} if len(kinds) == 1 else {}
+    if any(slot.startswith("mid") for module in modules for slot in module.tensors):
+        found["use_tucker"] = "True"
+    return {**found, "dora_wd": "True", "wd_on_output": str(axes == {"out"})} if axes else found
 
 
 def _fresh_metadata(modules: list[Stored], family: str | None, kept: Mapping[str, str]) -> dict[str, str]:
     """Return the keys that kohya's tools look for, for an adapter that has none of them."""
     if any(key.startswith("ss_") for key in kept):
         return {}
-    scaled = [module for module in modules if module.rule != "own"] or modules
-    ranks, alphas = {module.rank for module in scaled}, {module.alpha for module in scaled}
-    kinds = {module.algo for module in modules}
+    fresh = {**network_keys(modules, family), "sshs_model_hash": "", "sshs_legacy_hash": ""}
     names = FAMILY_NAMES.get(family or "")
-    plain = names.network_module if names else "networks.lora"
-    fresh = {
-        "ss_network_module": plain if kinds == {"lora"} else "lycoris.kohya",
-        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
-        "ss_network_args": json.dumps(_arguments(kinds)),
-        "sshs_model_hash": "",
-        "sshs_legacy_hash": "",
-    }
     if names and names.versions:
         fresh["ss_base_model_version"] = names.versions[0]
     return fresh

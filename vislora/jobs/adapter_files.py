@@ -16,8 +16,8 @@ from vislora.data.dataset import counts
 from vislora.data.scan import Example, captions_of, dataset_hash
 from vislora.errors import ConfigError, listed
 from vislora.formats.adapter_file import AdapterFile, AdapterModule
-from vislora.formats.kohya import LYCORIS_NAMES
-from vislora.formats.names import FAMILY_NAMES, canonical
+from vislora.formats.kohya import network_keys
+from vislora.formats.names import canonical
 from vislora.formats.writing import unwritable
 from vislora.inject.trained import AdapterSet
 from vislora.jobs.devices import DTYPES
@@ -122,7 +122,8 @@ def _metadata(plan: Plan, trained: Trained, modules: Sequence[AdapterModule], na
     return {
         **own,
         **_modelspec(plan, trained, name),
-        **_ss(plan, trained, modules, name, step),
+        **network_keys(modules, trained.family.card.name),
+        **_ss(plan, trained, name, step),
         **trained.family.traits.tags,
     }
 
@@ -146,35 +147,7 @@ def _modelspec(plan: Plan, trained: Trained, name: str) -> dict[str, str]:
     return {**found, "modelspec.trigger_phrase": ", ".join(words)} if words else found
 
 
-def _network(trained: Trained, modules: Sequence[AdapterModule], rank: int) -> dict[str, Any]:
-    """Return what sd-scripts' keys say of the modules. `rank`: of the settings, said where no module has one."""
-    kinds = {module.algo for module in modules}
-    dora = any(module.magnitude is not None for module in modules)
-    scaled = [module for module in modules if module.alpha is not None]
-    dim = _one({module.rank for module in scaled}, rank)
-    alpha = _one({module.alpha for module in scaled}, float(rank))
-    plain = kinds == {"lora"} and not dora
-    arguments: dict[str, str] = {}
-    if any(len(module.shape) > 2 for module in modules):
-        arguments |= {"conv_dim": str(dim), "conv_alpha": str(alpha)}
-    if not plain and len(kinds) == 1:
-        arguments["algo"] = LYCORIS_NAMES.get(min(kinds), min(kinds))
-    arguments |= {"dora_wd": "True", "wd_on_output": "True"} if dora else {}
-    own = FAMILY_NAMES[trained.family.card.name].network_module
-    return {
-        "network_module": own if plain else "lycoris.kohya",
-        "network_dim": dim,
-        "network_alpha": alpha,
-        "network_args": json.dumps(arguments),
-    }
-
-
-def _one(found: set[Any], otherwise: Any) -> Any:
-    """Return the one value that there is, "Dynamic" when there are several, as sd-scripts and LyCORIS say it."""
-    return (found.pop() if len(found) == 1 else "Dynamic") if found else otherwise
-
-
-def _ss(plan: Plan, trained: Trained, modules: Sequence[AdapterModule], name: str, step: int) -> dict[str, str]:
+def _ss(plan: Plan, trained: Trained, name: str, step: int) -> dict[str, str]:
     """sd-scripts' keys, which web user interfaces show. Values that have no counterpart here are left out."""
     config = plan.config
     adapter, loop, optimizer = config.adapter, config.loop, config.optimizer
@@ -182,7 +155,6 @@ def _ss(plan: Plan, trained: Trained, modules: Sequence[AdapterModule], name: st
     values: dict[str, Any] = {
         "output_name": name,
         "sd_model_name": config.base or "vislora embedded",
-        **_network(trained, modules, adapter.rank),
         "network_dropout": adapter.dropout,
         "seed": config.seed,
         "steps": step,
