@@ -319,6 +319,22 @@ def test_noise_between_steps_is_of_each_image_s_own_seed(name, tmp_path):
     assert same(batch[:1], generate(like=batch[0].path, output=tmp_path / "again"))
 
 
+def test_ddim_and_tcd_are_told_how_much_noise_lies_between_steps(tmp_path):
+    def drawn(scheduler, **eta):
+        (picture,) = made(tmp_path, scheduler=scheduler, steps=4, **eta)
+        return pixels(picture), picture.recipe.sampling.eta
+
+    for scheduler, own in (("ddim", 0.0), ("tcd", 0.3)):
+        (default, said), (alike, _), (other, told) = (
+            drawn(scheduler, **eta) for eta in ({}, {"eta": own}, {"eta": 1.0})
+        )
+        assert (said, told) == (own, 1.0)
+        assert (default == alike).all()
+        assert (default != other).any()
+    with pytest.raises(ConfigError, match=r"eta: the sampler 'euler' takes none; of diffusion models, ddim and tcd do"):
+        made(tmp_path, scheduler="euler", eta=0.5)
+
+
 @pytest.mark.parametrize("name", ["euler-trailing", "ddim-trailing"])
 def test_trailing_samplers_begin_at_the_strongest_noise(name):
     scheduler = scheduler_for(tiny.PIPELINES["sd"](), name)

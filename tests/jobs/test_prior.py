@@ -282,9 +282,9 @@ def test_batches_of_one_shape_are_one_and_others_are_not():
         text = {"prompt_embeds": torch.full((rows, tokens, 3), float(rows)), "lengths": [torch.zeros(tokens)] * rows}
         return Asked(torch.zeros(rows, 4, side, side), torch.zeros(rows), text, torch.ones(rows, 4, side, side))
 
-    both = joined(asked(2, 5), asked(1, 5))
+    both = joined([asked(2, 5), asked(1, 5)])
     assert both is not None
     assert both.noisy.shape[0] == both.t.shape[0] == both.target.shape[0] == len(both.conditioning["lengths"]) == 3
     assert both.conditioning["prompt_embeds"][:, 0, 0].tolist() == [2, 2, 1]
-    assert joined(asked(2, 5), asked(1, 6)) is None
-    assert joined(asked(2, 5), asked(1, 5, side=16)) is None
+    assert joined([asked(2, 5), asked(1, 6)]) is None
+    assert joined([asked(2, 5), asked(1, 5, side=16)]) is None

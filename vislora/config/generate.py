@@ -44,6 +44,8 @@ class GenerateConfig(ComposedStackConfig):
     """How strictly to follow the prompt; 1 turns guidance off. Default: the base's."""
     scheduler: str = "auto"
     """Sampler: auto, dpm++, ddim, euler, euler-a, lcm, flow-euler, ...; an unknown name lists those of the base."""
+    eta: float | None = Field(None, ge=0, le=1)
+    """Noise that the samplers ddim and tcd add between steps. Default: their own, 0 and 0.3."""
     width: int | None = Field(None, ge=16, le=16384, multiple_of=8)
     """Width in pixels. Default: the base's."""
     height: int | None = Field(None, ge=16, le=16384, multiple_of=8)

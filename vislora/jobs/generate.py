@@ -24,7 +24,7 @@ from vislora.jobs.studio import Job, Picture, Studio, batches, free_numbers, mak
 from vislora.models.base import Family
 from vislora.models.emphasis import as_read, has_weights, reads_weights
 from vislora.models.sampling import Sampling, Shot, cut_off, picture_step, pipeline_for
-from vislora.models.schedulers import scheduler_for
+from vislora.models.schedulers import own_eta, scheduler_for
 from vislora.records import Done, Note, Progress, Record, result
 from vislora.registry import COMPOSITIONS
 from vislora.reports.sheet import contact_sheet
@@ -88,14 +88,22 @@ def sampling(family: Family, config: GenerateConfig) -> Sampling:
     if wrong:
         raise ConfigError(wrong, where="this base makes no image of that size:")
     change = CHANGE if config.change is None and config.source and not traits.source else config.change
-    scheduler_for(family.pipeline, config.scheduler)  # an unknown name is told before any adapter is loaded
     return Sampling(
         steps=config.steps or traits.steps,
         guidance_scale=traits.guidance_scale if config.guidance_scale is None else config.guidance_scale,
         scheduler=config.scheduler,
         change=change,
+        eta=_eta(family, config),
         **sides,
     )
+
+
+def _eta(family: Family, config: GenerateConfig) -> float:
+    """Return the noise between steps. Raises `ConfigError` for a sampler without, and one that the base has not."""
+    own = own_eta(scheduler_for(family.pipeline, config.scheduler))
+    if own is None and config.eta is not None:
+        raise ConfigError(f"eta: the sampler '{config.scheduler}' takes none; of diffusion models, ddim and tcd do")
+    return (own or 0.0) if config.eta is None else config.eta
 
 
 def _always(config: GenerateConfig) -> dict[str, Strength]:

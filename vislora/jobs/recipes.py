@@ -166,6 +166,7 @@ def _parameters(recipe: Recipe) -> str:
         f"Seed: {shot.seed}",
         f"Size: {how.width}x{how.height}",
         *start,
+        *([f"Eta: {how.eta:g}"] if how.eta else []),
         f"Model: {Path(recipe.base).name or 'vislora embedded'}",
         f"Version: vislora {recipe.versions['vislora']}",
     )

@@ -32,7 +32,8 @@ class Shot:
 class Sampling:
     """How images are made. `width`, `height`: pixels. `guidance_scale` 1 turns guidance off.
 
-    `change`: of an image that they start from, how much of the schedule is run on it, in (0, 1].
+    `change`: of an image that they start from, how much of the schedule is run on it, in (0, 1]. `eta`: how much noise
+    is added between steps, in [0, 1], by a sampler that can be told.
     """
 
     steps: int
@@ -41,6 +42,7 @@ class Sampling:
     height: int
     scheduler: str = "auto"
     change: float | None = None
+    eta: float = 0.0
 
 
 def make_images(
@@ -112,10 +114,10 @@ def _from_images(family: Family) -> Any:
 
 
 def _sized(family: Family, pipeline: Any, how: Sampling) -> dict[str, Any]:
-    """Return what every call is given: the size, and the family's own, as far as the pipeline has it."""
+    """Return what every call is given, as far as the pipeline has it: size, noise, and the family's own."""
     known = inspect.signature(type(pipeline).__call__).parameters
     more = {**family.card.always, **family.traits.always, family.card.area: how.width * how.height}
-    more |= {"width": how.width, "height": how.height}
+    more |= {"width": how.width, "height": how.height, "eta": how.eta}
     return {name: value for name, value in more.items() if name in known}
 
 

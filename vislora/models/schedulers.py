@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,6 +62,12 @@ def scheduler_for(pipeline: Any, name: str) -> Any:
     if fitting is SOLVED and name == "flow-euler":
         options = {"shift": config.flow_shift}
     return getattr(diffusers, class_name).from_config(config, **options)
+
+
+def own_eta(scheduler: Any) -> float | None:
+    """Return how much noise a sampler adds between its steps of its own accord; None: nobody can tell it how much."""
+    found = inspect.signature(type(scheduler).step).parameters.get("eta")
+    return None if found is None else float(found.default)
 
 
 def _kinds(own: Any) -> tuple[Kinds, Kinds]:

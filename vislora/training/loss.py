@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -58,14 +58,15 @@ class Answer(NamedTuple):
     target: Tensor
 
 
-def joined(first: Asked, second: Asked) -> Asked | None:
-    """Return both as one batch, which takes less time than two, or None where their shapes differ."""
-    names = [*first.conditioning]
-    pairs = [(first.noisy, second.noisy), *((first.conditioning[name], second.conditioning[name]) for name in names)]
-    if not all(_alike(one, two) for one, two in pairs):
+def joined(parts: Sequence[Asked]) -> Asked | None:
+    """Return all as one batch, which takes less time than several, or None where their shapes differ."""
+    names = [*parts[0].conditioning]
+    columns = [[part.noisy for part in parts], *([part.conditioning[name] for part in parts] for name in names)]
+    if not all(_alike(column[0], other) for column in columns for other in column[1:]):
         return None
-    noisy, *rest = [one + two if isinstance(one, list) else torch.cat([one, two]) for one, two in pairs]
-    t, target = torch.cat([first.t, second.t]), torch.cat([first.target, second.target])
+    whole: list[Any] = [list(chain(*some)) if isinstance(some[0], list) else torch.cat(some) for some in columns]
+    noisy, *rest = whole
+    t, target = torch.cat([part.t for part in parts]), torch.cat([part.target for part in parts])
     return Asked(noisy, t, dict(zip(names, rest, strict=True)), target)
 
 
@@ -123,11 +124,7 @@ class DenoisingLoss(nn.Module):
         if "prior_captions" not in batch:
             return self._error(self._predict(*asked.given), asked) + self._of_words()
         prior = self._prior(batch, asked, generator)
-        both = joined(asked, prior)
-        if both is None:
-            predicted, kept = self._predict(*asked.given), self._predict(*prior.given)
-        else:
-            predicted, kept = self._predict(*both.given).split([len(asked.t), len(prior.t)])
+        predicted, kept = self._predictions([asked, prior])
         return self._error(predicted, asked) + self._options.prior_weight * self._error(kept, prior) + self._of_words()
 
     def _of_words(self) -> Tensor | float:
@@ -141,8 +138,9 @@ class DenoisingLoss(nn.Module):
 
     def _moved(self, batch: Mapping[str, Any], noisy: Tensor, t: Tensor) -> Tensor:
         """Return what strength 1 of a slider is to predict."""
-        texts = [partial(self._conditioning, batch, t.device, of) for of in ("", "more_", "less_")]
-        here, more, less = (self._by_base(noisy, t, text) for text in texts)
+        with self._base_alone():
+            texts = [self._conditioning(batch, t.device, of) for of in ("", "more_", "less_")]
+            here, more, less = self._predictions([Asked(noisy, t, text, noisy) for text in texts])
         return here + self._options.reach * (more - less)
 
     def _conditioning(self, batch: Mapping[str, Any], device: torch.device, of: str = "") -> dict[str, Any]:
@@ -151,6 +149,13 @@ class DenoisingLoss(nn.Module):
 
     def _predict(self, noisy: Tensor, t: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
         return self._family[0].predict(noisy, t, conditioning).float()
+
+    def _predictions(self, parts: Sequence[Asked]) -> Sequence[Tensor]:
+        """Return what is predicted for each, in one batch where their shapes allow it."""
+        whole = joined(parts)
+        if whole is None:
+            return [self._predict(*part.given) for part in parts]
+        return self._predict(*whole.given).split([len(part.t) for part in parts])
 
     def _noised(self, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Return noisy latents, their timesteps and what is to be predicted, on the device that is trained on."""
@@ -194,12 +199,17 @@ class DenoisingLoss(nn.Module):
         taken = [some[int(chance * len(some))] for some, chance in zip(answers, chances, strict=True)]
         return [torch.stack(part).to(device) for part in zip(*taken, strict=True)]
 
-    @torch.no_grad()
-    def _by_base(self, noisy: Tensor, t: Tensor, conditioning: Callable[[], dict[str, Any]]) -> Tensor:
-        """Return what is predicted while all adapters rest, those of the text encoders, too."""
-        with ExitStack() as stack:
+    @contextmanager
+    def _base_alone(self) -> Iterator[None]:
+        """Have all adapters rest for a while, those of the text encoders, too; nothing is tracked."""
+        with torch.no_grad(), ExitStack() as stack:
             for adapters in self.adapters.values():
                 stack.enter_context(adapters.resting())  # type: ignore[operator]
+            yield
+
+    def _by_base(self, noisy: Tensor, t: Tensor, conditioning: Callable[[], dict[str, Any]]) -> Tensor:
+        """Return what the base alone predicts."""
+        with self._base_alone():
             return self._predict(noisy, t, conditioning())
 
     def _text(self, text: Mapping[str, Any] | None, captions: Sequence[str], device: torch.device) -> dict[str, Any]:
