@@ -6,11 +6,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import load_file
 
-from tests.jobs.train_helpers import config, image_folder, notes, trained
+from tests.jobs.train_helpers import config, image_folder, notes, same, trained
 from vislora import formats
 from vislora.data.buckets import Bucket
 from vislora.data.scan import Example
@@ -29,11 +27,6 @@ WORSE = {**HELD, "optimizer__learning_rate": 0.5, "loop__steps": 6}
 def losses(run_folder: Path) -> dict[int, float]:
     rows = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
     return {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
-
-
-def same(one: Path, other: Path) -> bool:
-    a, b = load_file(one), load_file(other)
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def stopped(settings, after: int) -> Done:

@@ -13,17 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import vislora.jobs.train as job
-from tests.jobs.train_helpers import config, image_folder, notes, trained
+from tests.jobs.train_helpers import config, image_folder, notes, same, trained
 from vislora import formats
 from vislora.errors import ConfigError, VisloraError
 from vislora.jobs.train import run
 from vislora.records import Done, Progress
 from vislora.training import checkpoints
-
-
-def same(one: Path, other: Path) -> bool:
-    a, b = load_file(one), load_file(other)
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def steps_in(log: Path) -> list[int]:
@@ -366,7 +361,7 @@ def two_processes(tmp_path, turns, processes=2, state=None):
         sampler = Sampler({(16, 16): list(range(7))}, 2, seed=0)
         if state is not None:
             sampler.restore(state)
-        shares.append(Prepared([], [], [], {}, Names(), sampler, None).batches(process, processes))
+        shares.append(Prepared([], [], [], {}, Names(), sampler, None, [], None).batches(process, processes))
         samplers.append(sampler)
     taken = [tuple(next(share) for share in shares) for _ in range(turns)]
     return taken, [sampler.state() for sampler in samplers]

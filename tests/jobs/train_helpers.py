@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 
 from tests import tiny
 from vislora.config.train import TrainConfig
@@ -55,6 +56,12 @@ def trained(root: Path, family: str = "sd3", **settings: Any) -> tuple[Any, list
     records = list(run(config(root, family, **settings)))
     assert isinstance(records[-1], Done)
     return records[-1].value, records
+
+
+def same(one: Path, other: Path) -> bool:
+    """Say whether two files hold the same tensors, bit for bit."""
+    a, b = load_file(one), load_file(other)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def notes(records: list[Record]) -> str:

@@ -252,6 +252,8 @@ class TrainConfig(Section):
     """Go on from the last checkpoint in the run folder."""
     overwrite: bool = False
     """Start anew in a run folder that already holds a run."""
+    dry_run: bool = False
+    """Do all that comes before the first step, draw the images as training would see them, and stop."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train."""
     quantize: Literal["no", "int8", "nf4"] = "no"

@@ -115,7 +115,7 @@ def _metadata(plan: Plan, trained: Trained, modules: Sequence[AdapterModule], na
     own = {
         "vislora.base": json.dumps({"name": base, "hash": trained.base_hash, "family": trained.family.card.name}),
         "vislora.data": json.dumps(data),
-        "vislora.config": config.model_dump_json(exclude={"output", "resume", "overwrite", "device"}),
+        "vislora.config": config.model_dump_json(exclude={"output", "resume", "overwrite", "dry_run", "device"}),
         "vislora.steps": str(step),
         "vislora.versions": json.dumps(versions()),
     }

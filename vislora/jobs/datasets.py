@@ -32,12 +32,15 @@ from vislora.models.base import Family, ReadsSource, tokenizers_of
 from vislora.models.sampling import cut_off, vae_as
 from vislora.records import Note, Record
 
+MaskViews = list[list[View | None]]
+
 
 @dataclass(frozen=True)
 class Prepared:
     """Examples to train on, with everything cached. `sources`: the image that each is made from, or none at all.
 
-    masks: those of all examples that have one, the held-out ones' too.
+    masks: those of all examples that have one, the held-out ones' too. views, mask_views: of all examples, how they
+    and their masks are cut.
     """
 
     examples: list[Example]
@@ -47,6 +50,8 @@ class Prepared:
     dataset: TrainingSet
     sampler: Sampler
     held_out: HeldOut
+    views: list[list[View]]
+    mask_views: MaskViews | None
 
     def batches(self, process: int, processes: int) -> Iterator[dict[str, Any]]:
         """Yield this process' share of the batches, for ever."""
@@ -107,7 +112,8 @@ def prepare_data(plan: Plan, family: Family, folder: RunFolder) -> Generator[Rec
     held_out = HeldOut(_in(held, examples), _in(held, sources), make(), batches(held, plan.batch_size, config.seed, 0))
     if held:
         yield Note(f"{len(held_out.examples)} of {len(examples)} images are held out; the loss on them is measured")
-    return Prepared(_in(learned, examples), _in(learned, sources), masks, learned, dataset, sampler, held_out)
+    mine, theirs = _in(learned, examples), _in(learned, sources)
+    return Prepared(mine, theirs, masks, learned, dataset, sampler, held_out, wanted, learned_parts)
 
 
 def _scanned(
@@ -189,9 +195,6 @@ def _sources(plan: Plan, family: Family, found: ScanResult) -> Generator[Record,
     assert data.folder is not None  # the settings have seen to it
     left_out = [path for path, _ in found.skipped]
     return find_sources(found.examples, data.folder, data.sources, recursive=data.recursive, left_out=left_out)
-
-
-MaskViews = list[list[View | None]]
 
 
 def _masks(

@@ -17,8 +17,9 @@ from vislora.files import write_text
 from vislora.training.checkpoints import checkpoints, load_checkpoint, step_of
 
 # what may change between a run and its continuation: none of it touches what a step computes
-FREE = ("output", "name", "format", "save_precision", "resume", "overwrite", "device", "sample.", "data.cache")
-FREE_DATA = ("data.folder", "prior.regularization", "data.skip_bad", "data.allow_missing_captions")
+FREE = ("output", "name", "format", "save_precision", "resume", "overwrite", "dry_run", "device")
+FREE_SECTIONS = ("sample.",)
+FREE_DATA = ("data.folder", "data.cache", "prior.regularization", "data.skip_bad", "data.allow_missing_captions")
 FREE_LOOP = ("loop.steps", "loop.save_every", "loop.keep_checkpoints", "loop.validate_every", "loop.tensorboard")
 
 
@@ -48,6 +49,11 @@ class RunFolder:
     def pictures(self) -> Path:
         """Folder of the pictures that the base drew for a slider to learn on."""
         return self.root / "pictures"
+
+    @property
+    def images(self) -> Path:
+        """The images as training sees them, drawn by a dry run."""
+        return self.root / "images.png"
 
     @property
     def log(self) -> Path:
@@ -88,13 +94,13 @@ def open_folder(config: TrainConfig) -> tuple[RunFolder, dict[str, Any] | None]:
     """Return the run folder and, for a run that goes on, the state of its last checkpoint.
 
     Nothing is changed yet. Raises `ConfigError` when the folder lies among the images, when it holds a run (or an
-    adapter of this name) and neither `resume` nor `overwrite` is set, and when the run goes on and cannot.
+    adapter of this name) and neither `resume`, `overwrite` nor `dry_run` is set, and when the run goes on and cannot.
     """
     _require_apart(config)
     folder = RunFolder(config.output, config.name or config.output.name)
     found = checkpoints(folder.checkpoints)
     used = found or folder.config.exists() or folder.adapter(config.format).exists()
-    if used and not config.resume and not config.overwrite:
+    if used and not (config.resume or config.overwrite or config.dry_run):
         raise ConfigError(f"{folder.root} holds a run already: --resume goes on with it, --overwrite starts anew")
     return folder, load_checkpoint(found[-1]) if config.resume and found else None
 
@@ -143,8 +149,8 @@ def begin(config: TrainConfig, folder: RunFolder, step: int) -> None:
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """Return every setting that a step depends on, as flat dotted names."""
     flat = _flat(config.model_dump(mode="json"))
-    free = {*FREE_DATA, *FREE_LOOP}
-    return {key: value for key, value in flat.items() if key not in free and not key.startswith(FREE)}
+    free = {*FREE, *FREE_DATA, *FREE_LOOP}
+    return {key: value for key, value in flat.items() if key not in free and not key.startswith(FREE_SECTIONS)}
 
 
 def drop_adapters(folder: RunFolder, keep: int | None) -> None:

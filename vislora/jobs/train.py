@@ -22,6 +22,7 @@ from vislora.jobs.adapter_files import Trained, adapter_file, require_writable
 from vislora.jobs.curves import draw_losses
 from vislora.jobs.datasets import Prepared, prepare_data
 from vislora.jobs.devices import DTYPES, free_bytes, pick_precision
+from vislora.jobs.dry_run import draw_images, outlook
 from vislora.jobs.fresh import chosen_layers, fresh_options, learning
 from vislora.jobs.held_out import told
 from vislora.jobs.memory import Step, estimate, memory_notes
@@ -29,7 +30,7 @@ from vislora.jobs.plan import Plan, make_plan
 from vislora.jobs.previews import preview
 from vislora.jobs.priors import ask_base
 from vislora.jobs.recipes import base_hash
-from vislora.jobs.run_folder import begin, drop_adapters, open_folder, require_same
+from vislora.jobs.run_folder import RunFolder, begin, drop_adapters, open_folder, require_same
 from vislora.jobs.run_state import Run, assemble, loss_options, restore, state_of
 from vislora.models.base import Family, load_family
 from vislora.models.resting import Resting, all_but_denoiser
@@ -43,6 +44,8 @@ from vislora.training.validation import Measured, lowest, validation_loss
 @dataclass(frozen=True)
 class TrainedAdapter:
     """What `train` returns. `step`: the last one done; `finished`: False when the run was stopped before its end.
+
+    Of a dry run, `path` is where the adapter would be.
 
     lowest: the adapter of the step with the lowest loss on the held-out images, if there are any.
     """
@@ -82,6 +85,9 @@ def run(config: TrainConfig) -> Iterator[Record]:
                 yield Note(f"going on from {config.adapter.begin}")
             for line in summary(family.components, learned.adapters):
                 yield Note(line)
+            if config.dry_run:
+                yield from _rehearsed(plan, data, folder, accelerator)
+                return
             job = assemble(plan, folder, family, data, learned, accelerator, about, resting)
             if state is not None:
                 restore(job, state)
@@ -119,6 +125,14 @@ def _loop(job: Run) -> Generator[Record, None, None]:
                 break
     _checkpoint(job)
     yield from _finish(job)
+
+
+def _rehearsed(plan: Plan, data: Prepared, folder: RunFolder, accelerator: Accelerator) -> Iterator[Record]:
+    """Draw what the run would see, and say how often."""
+    if accelerator.is_main_process:
+        yield from draw_images(data, folder.images)
+    text = f"dry run: {outlook(plan, data, accelerator.num_processes)}\nlook at {folder.images}"
+    yield Done(TrainedAdapter(folder.adapter(plan.config.format), step=0, finished=False), text)
 
 
 def _steps(job: Run) -> Iterator[StepRecord]:

@@ -21,7 +21,7 @@ def contact_sheet(
     gap, size = max(4, cell // 24), max(11, cell // 11)
     font = ImageFont.load_default(size)
     side = int(cell * 1.25)
-    heads = [_wrapped(label, cell, size) for label in column_labels]
+    heads = [wrapped(label, cell, size) for label in column_labels]
     lines = max((label.count("\n") + 1 for label in heads), default=0)
     head = round(lines * size * 1.4) + 2 * gap
     width = side + len(column_labels) * (cell + gap) + gap
@@ -31,19 +31,22 @@ def contact_sheet(
         draw.text((side + column * (cell + gap), gap), label, INK, font)
     for line, (images, label) in enumerate(zip(rows, row_labels, strict=True)):
         top = head + line * (cell + gap)
-        draw.text((gap, top + gap), _wrapped(label, side - gap, size), INK, font)
+        draw.text((gap, top + gap), wrapped(label, side - gap, size), INK, font)
         for column, image in enumerate(images):
-            shown = _fitted(image, cell)
+            shown = fitted(image, cell)
             left = side + column * (cell + gap) + (cell - shown.width) // 2
             sheet.paste(shown, (left, top + (cell - shown.height) // 2))
     return sheet
 
 
-def _fitted(image: Image.Image, cell: int) -> Image.Image:
+def fitted(image: Image.Image, cell: int) -> Image.Image:
+    """Return the image as RGB with a longer side of `cell` pixels."""
     scale = cell / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
-def _wrapped(text: str, width: int, size: int) -> str:
-    return "\n".join(textwrap.wrap(text, max(6, int(width / (size * 0.55))))[:4])
+def wrapped(text: str, width: int, size: int, lines: int = 4) -> str:
+    """Return the text in so many lines of about `width` pixels, in letters of `size`; dots where some is left out."""
+    letters = max(6, int(width / (size * 0.55)))
+    return "\n".join(textwrap.wrap(text, letters, max_lines=lines, placeholder=" ..."))
