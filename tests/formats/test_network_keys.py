@@ -47,6 +47,11 @@ CASES = {
         "sd",
         ("lycoris.kohya", "4", "2.0", {"algo": "lora", "use_tucker": "True"}),
     ),
+    "tucker in loha": (
+        [module("loha", {**LOHA.tensors, "hada_t1": torch.zeros(4, 4, 3, 3), "hada_t2": torch.zeros(4, 4, 3, 3)})],
+        "sd",
+        ("lycoris.kohya", "4", "4.0", {"algo": "loha", "use_tucker": "True"}),
+    ),
     "loha": ([LOHA], "flux", ("lycoris.kohya", "4", "1.0", {"algo": "loha"})),
     "oft": ([OFT], "sd", ("lycoris.kohya", None, None, {"algo": "diag-oft"})),
     "lora beside loha": ([lora(), LOHA], "sd", ("lycoris.kohya", "4", "Dynamic", {})),

@@ -19,7 +19,7 @@ from vislora.formats.cutting import parts
 from vislora.formats.names import FAMILY_NAMES, FLAT_DENOISERS, FamilyNames, Place, choose, find_text, flat_prefix
 from vislora.formats.names.hints import family_in_metadata
 from vislora.formats.parsed import ParsedModule, Part, collect, module_of
-from vislora.formats.slots import KOHYA_SUFFIXES
+from vislora.formats.slots import CORES, KOHYA_SUFFIXES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -198,7 +198,7 @@ def _lycoris_arguments(modules: Sequence[AdapterModule | Stored]) -> dict[str, s
     kinds = {module.algo for module in modules}
     axes = {module.magnitude_axis for module in modules if module.magnitude is not None}
     found = {"algo": LYCORIS_NAMES.get(min(kinds), min(kinds))} if len(kinds) == 1 else {}
-    if any(slot.startswith("mid") for module in modules for slot in module.tensors):
+    if any(CORES & module.tensors.keys() for module in modules):
         found["use_tucker"] = "True"
     return {**found, "dora_wd": "True", "wd_on_output": str(axes == {"out"})} if axes else found
 

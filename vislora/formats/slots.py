@@ -20,6 +20,8 @@ _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2
 _LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 _GLORA = ("a1", "a2", "b1", "b2", "bm")
 _SPARSE = ("bias_indices", "bias_values", "bias_size")
+# Tucker's core, by the slot of each kind that can have one
+CORES = frozenset({"mid", "hada_t1", "lokr_t2", "bm"})
 # slots of a module's layer bias, whatever its kind: added as they are, but PEFT's `lora_B.bias` times the scale
 BIASES = {"bias": "added", "b_norm": "added", "up_bias": "scaled"}
 MAGNITUDES = frozenset({"dora_scale", "lora_magnitude_vector", "magnitude"})

@@ -14,13 +14,12 @@ from vislora.formats.checks import problems
 from vislora.formats.detect import ParsedFile, parse_file
 from vislora.formats.other_things import looks_like
 from vislora.formats.parsed import ParsedModule, Ref
-from vislora.formats.slots import NO_SCALE
+from vislora.formats.slots import CORES, NO_SCALE
 from vislora.records import Done, Record
 
 LONGEST_VALUE = 100
 # slots whose rows are the rank
 RANKS = ("down", "embedding_down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b", "a2")
-CORES = frozenset({"mid", "hada_t1", "lokr_t2", "bm"})
 
 
 @dataclass
