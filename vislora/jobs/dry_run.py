@@ -26,7 +26,7 @@ def draw_images(data: Prepared, picture: Path) -> Iterator[Note]:
     """Draw the images as training sees them to `picture`; say so where these are not all."""
     chosen = list(range(len(data.views)))
     if len(chosen) > MOST:
-        chosen = sorted(chosen, key=lambda index: -_loss(data.views[index]))[:MOST]
+        chosen = sorted(chosen, key=lambda index: -_cut_off(data.views[index]))[:MOST]
         yield Note(f"of {len(data.views)} images, the {MOST} that lose the most to the crop are drawn")
     with ThreadPoolExecutor(_THREADS) as pool:
         seen = list(pool.map(lambda index: _seen(data, index), chosen))
@@ -36,14 +36,14 @@ def draw_images(data: Prepared, picture: Path) -> Iterator[Note]:
 
 def outlook(plan: Plan, data: Prepared, processes: int) -> str:
     """Return how often each image would be seen, in one line."""
-    pictures = plan.steps * plan.batch_size * plan.config.loop.gradient_accumulation * processes
-    visits = pictures / data.sampler.pictures
+    at_once = plan.batch_size * plan.config.loop.gradient_accumulation * processes
+    visits = plan.steps * at_once / data.sampler.pictures
     shown = f"{visits:,.0f}" if visits >= 10 else f"{visits:.2g}"
-    at_once = f"{pictures // plan.steps} at once"
-    return f"{plan.steps} steps on {len(data.examples)} images, {at_once}: each is seen {shown} times"
+    return f"{plan.steps} steps on {len(data.examples)} images, {at_once} at once: each is seen {shown} times"
 
 
-def _loss(views: Sequence[View]) -> float:
+def _cut_off(views: Sequence[View]) -> float:
+    """Return the largest share, 0 to 1, that a view of an image leaves out."""
     return max(cropped_share(view.example, view.bucket) for view in views)
 
 
@@ -51,10 +51,10 @@ def _seen(data: Prepared, index: int) -> Seen:
     views = data.views[index]
     example = views[0].example
     masks = [] if data.mask_views is None else [view for view in data.mask_views[index] if view]
-    loss = _loss(views)
+    cut_off = _cut_off(views)
     facts = [
         ", ".join(str(bucket) for bucket in dict.fromkeys(view.bucket for view in views)),
-        f"{loss:.0%} cut off" if loss >= 0.005 else "",
+        f"{cut_off:.0%} cut off" if cut_off >= 0.005 else "",
         "held out" if any(example is held for held in data.held_out.examples) else "",
         f"{example.repeats} times" if example.repeats > 1 else "",
     ]
