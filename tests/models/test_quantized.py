@@ -23,7 +23,7 @@ from vislora.registry import FAMILIES
 from vislora.training.loss import LossOptions
 from vislora.training.memory import module_bytes
 
-pytest.importorskip("bitsandbytes")
+bitsandbytes = pytest.importorskip("bitsandbytes")
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
 KINDS = ("int8", "nf4")
@@ -39,6 +39,25 @@ def prediction(family, name, dtype=torch.float32):
         like = family.encode_image(torch.zeros(2, 3, side, side))
         noisy = torch.randn(like.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
         return family.predict(noisy, torch.tensor([500.0, 300.0]), family.encode_prompt(["a red cat", "dog"]))
+
+
+def nf4_is_misread():
+    """Say whether the library reads rows of half a block wrongly, as 0.50 does on a CPU with AVX-512."""
+    weight = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
+    packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
+    return (bitsandbytes.functional.dequantize_4bit(packed, state) - weight).norm() > ERROR["nf4"] * weight.norm()
+
+
+def test_a_pass_leaves_the_bits_as_they_are(monkeypatch):
+    monkeypatch.setattr(
+        bitsandbytes.nn.modules, "has_avx512bf16", lambda: True
+    )  # there the library would pack them anew
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(64, 24)])}).requires_grad_(False).eval()
+    quantize(model, "nf4", CPU)
+    layer = model["blocks"][0]
+    before = layer.weight.data.clone()
+    assert layer(torch.randn(2, 64)).shape == (2, 24)
+    assert torch.equal(layer.weight.data, before)
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -74,6 +93,8 @@ def test_what_is_outside_of_blocks_stays():
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_every_text_encoder_says_nearly_the_same(name, kind):
+    if kind == "nf4" and nf4_is_misread():
+        pytest.skip("on AVX-512 this bitsandbytes reads narrow layers of nf4 by wrong scales")
     family = load_family(tiny.saved(name), torch.float32, CPU)
     before = family.encode_prompt(["a red cat", "dog"])
     encoders = [part for key, part in family.pipeline.components.items() if key.startswith("text_encoder") and part]
