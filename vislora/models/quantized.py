@@ -102,8 +102,8 @@ def _maker(kind: str) -> Callable[[nn.Linear, torch.device], nn.Linear]:
         weight = layer.weight.detach()
         made = modules.Linear4bit(*_shape(layer), compute_dtype=weight.dtype, quant_type="nf4", device="meta")
         made.weight = modules.Params4bit(weight, quant_type="nf4", module=made).to(device)
-        # else, on CPUs with bfloat16 in AVX-512, the first pass packs the weight anew, in place: an error for some shapes,
-        # and bfloat16 from then on
+        # else, on CPUs with bfloat16 in AVX-512, the first pass packs the weight anew, in place: an error for some
+        # shapes, and bfloat16 from then on
         made.support_avx512bf16_for_cpu = False
         return made
 
