@@ -49,9 +49,8 @@ def nf4_is_misread():
 
 
 def test_a_pass_leaves_the_bits_as_they_are(monkeypatch):
-    monkeypatch.setattr(
-        bitsandbytes.nn.modules, "has_avx512bf16", lambda: True
-    )  # there the library would pack them anew
+    # on such a CPU the library would pack them anew
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
     model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(64, 24)])}).requires_grad_(False).eval()
     quantize(model, "nf4", CPU)
     layer = model["blocks"][0]
