@@ -13,6 +13,7 @@ from vislora.jobs.generate import generate
 from vislora.jobs.train import run
 
 pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.usefixtures("narrow_nf4")
 
 
 @pytest.mark.quick("sd-nf4", "flux-int8")

@@ -10,20 +10,21 @@ import torch
 from torch import nn
 
 from tests import tiny
-from vislora.errors import ConfigError
+from vislora.errors import ConfigError, ModelError
 from vislora.inject.injection import eject
 from vislora.inject.targets import Target, select
 from vislora.inject.trained import FreshOptions, inject_fresh
 from vislora.jobs.memory import Step, estimate, weight_bytes
 from vislora.models import quantized
 from vislora.models.base import load_family
-from vislora.models.quantized import block_layers, is_quantized, quantize, quantize_base, statistics
+from vislora.models.quantized import block_layers, is_misread, is_quantized, quantize, quantize_base, statistics
 from vislora.models.weightless import weightless_module
 from vislora.registry import FAMILIES
 from vislora.training.loss import LossOptions
 from vislora.training.memory import module_bytes
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.usefixtures("narrow_nf4")
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
 KINDS = ("int8", "nf4")
@@ -39,13 +40,6 @@ def prediction(family, name, dtype=torch.float32):
         like = family.encode_image(torch.zeros(2, 3, side, side))
         noisy = torch.randn(like.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
         return family.predict(noisy, torch.tensor([500.0, 300.0]), family.encode_prompt(["a red cat", "dog"]))
-
-
-def nf4_is_misread():
-    """Say whether the library reads rows of half a block wrongly, as 0.50 does on a CPU with AVX-512."""
-    weight = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
-    packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
-    return (bitsandbytes.functional.dequantize_4bit(packed, state) - weight).norm() > ERROR["nf4"] * weight.norm()
 
 
 def test_a_pass_leaves_the_bits_as_they_are(monkeypatch):
@@ -92,7 +86,7 @@ def test_what_is_outside_of_blocks_stays():
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_every_text_encoder_says_nearly_the_same(name, kind):
-    if kind == "nf4" and nf4_is_misread():
+    if kind == "nf4" and is_misread(32):
         pytest.skip("on AVX-512 this bitsandbytes reads narrow layers of nf4 by wrong scales")
     family = load_family(tiny.saved(name), torch.float32, CPU)
     before = family.encode_prompt(["a red cat", "dog"])
@@ -187,6 +181,36 @@ def test_memory_is_foreseen(kind):
     bare = weightless_module(family.components["denoiser"])
     assert all(parameter.is_meta for parameter in bare.parameters())
     assert set(block_layers(bare)) == set(block_layers(plain.components["denoiser"]))
+
+
+def test_nf4_that_is_read_by_wrong_scales_is_refused(monkeypatch):
+    monkeypatch.setattr(quantized, "is_misread", lambda width: width == 24)
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(64, 24), nn.Linear(24, 64), nn.Linear(24, 8)])})
+    with pytest.raises(ModelError, match=r"layers of 24 inputs by wrong scales \(blocks.1, and 1 more\): take int8"):
+        quantize(model, "nf4", CPU)
+    assert not any(map(is_quantized, model.modules()))
+    quantize(model, "int8", CPU)
+    assert all(map(is_quantized, model["blocks"]))
+
+
+def test_a_base_that_would_be_misread_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(quantized, "is_misread", lambda width: True)
+    base = tiny.saved("flux")
+    with pytest.raises(ModelError, match=rf"^base {base} cannot be loaded: nf4: on this CPU"):
+        load_family(base, torch.float32, CPU, quantize="nf4")
+
+
+def test_misreading_is_measured(monkeypatch):
+    measure = is_misread.__wrapped__
+    assert not measure(64)
+    real = bitsandbytes.functional.dequantize_4bit
+
+    def by_wrong_scales(packed, state):
+        state.absmax = state.absmax.roll(1)
+        return real(packed, state)
+
+    monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", by_wrong_scales)
+    assert measure(64)
 
 
 def test_a_missing_library_is_told_before_anything_is_loaded(monkeypatch):

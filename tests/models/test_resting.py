@@ -49,6 +49,7 @@ def test_all_but_the_denoiser_can_rest():
     assert not all_but_denoiser(family, CPU).parts
 
 
+@pytest.mark.usefixtures("narrow_nf4")
 @pytest.mark.parametrize(("kind", "moves"), [("int8", False), ("nf4", True)])
 def test_what_is_in_8_bits_stays(kind, moves):
     pytest.importorskip("bitsandbytes")
