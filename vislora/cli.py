@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import warnings
@@ -133,6 +134,8 @@ def _silence_known_noise() -> None:
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=NOISY)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # diffusers imports bitsandbytes, which on some CPUs wants a kernel from the hub that nothing here needs
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def _help() -> str:
