@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image, ImageDraw
+from torch import nn
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "train_scripts"
 
@@ -266,6 +268,30 @@ def test_dropout_is_in_the_training_alone(tmp_path):
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "unet").train()
     text = torch.randn(1, 8, 128)
     assert torch.equal(unet(*given, text).sample, unet(*given, text).sample)
+
+
+def test_dropout_ends_half_way(tmp_path):
+    from base.denoiser import train_denoiser
+    from base.progress import Budget
+
+    model, seen = nn.Sequential(nn.Dropout(0.1)), []
+    training = SimpleNamespace(model=model, average=SimpleNamespace(model=model), save=lambda budget: None)
+    training.step = lambda *_: seen.append(model[0].p) or torch.zeros(())
+    examples = SimpleNamespace(moments=torch.zeros(1))
+    train_denoiser(training, examples, Budget(4, tmp_path / "log.jsonl", "denoiser"), 1, lambda model: None)
+    assert seen == [0.1, 0.1, 0.0, 0.0]
+
+
+def test_the_decoder_s_noise_is_fine_and_wide():
+    from base.vae import noise_like
+
+    noise = noise_like(torch.zeros(64, 4, 16, 16))
+    assert noise.shape == (64, 4, 16, 16)
+    assert 0.8 < noise.std() < 1.0
+    wide = noise.mean(dim=(2, 3)).var()
+    fine = (noise[..., 1:] - noise[..., :-1]).var() / 2
+    assert 0.25 < wide < 0.5
+    assert 0.25 < fine < 0.5
 
 
 @pytest.mark.parametrize("name", ["sd", "sd3"])

@@ -205,7 +205,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=Path("base-data.npz"), help="the file of make_base_data.py")
     parser.add_argument("--out", type=Path, default=Path("runs/base"), help="folder of the run")
     parser.add_argument("--layout", choices=LAYOUTS, default="sd", help="Stable Diffusion 1's UNet or 3's transformer")
-    parser.add_argument("--images", type=int, default=640_000, help="how many denoiser and text encoder see")
+    parser.add_argument("--images", type=int, default=540_000, help="how many denoiser and text encoder see")
     parser.add_argument("--vae-images", type=int, default=160_000, help="how many crops the VAE sees")
     parser.add_argument("--decoder-images", type=int, default=80_000, help="how many more its decoder sees, whole")
     begin = parser.add_mutually_exclusive_group()

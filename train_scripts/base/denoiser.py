@@ -22,6 +22,8 @@ from base.vae import sampled
 
 RATE, CLIP = 1.2e-3, 1.0
 AVERAGE = 0.999
+DROPPING = 0.5
+"""Share of the steps that train with dropout: unseen pairs want it, adapters want none (benchmarks/results/base.md)."""
 
 
 class Average:
@@ -157,12 +159,21 @@ def _moved(model: nn.Module) -> Iterator[None]:
             torch._foreach_copy_(parameters, kept)
 
 
+def stop_dropping(model: nn.Module) -> None:
+    """Train without dropout from here on."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
 def train_denoiser(
     training: Training, examples: Examples, budget: Budget, batch: int, export: Callable[[nn.Module], None]
 ) -> None:
     """Train until the budget is spent; now and then save the state and `export` the average."""
     total, steps = torch.zeros((), device=examples.moments.device), 0
     for factor in budget.steps():
+        if budget.step > DROPPING * budget.total:
+            stop_dropping(training.model)
         total, steps = total + training.step(examples, batch, factor), steps + 1
         if budget.due(10.0, batch):
             budget.tell(loss=float(total) / steps, rate=training.rate * factor)
