@@ -18,7 +18,7 @@ from base.state import load_state, save_state
 CROP, RATE = 32, 2e-3
 EDGES, PRIOR = 0.5, 2e-4
 """Weights of the loss of the gradients of the picture, and of the Kullback-Leibler divergence per latent number."""
-NOISE = 0.3
+NOISE = 0.7
 """Most noise on the latents that the decoder is finished on, in their deviations: what a denoiser draws is a little off
 too, and paper that is nearly white is meant to be white (noise-augmented decoding, Zheng et al., arXiv 2510.11690)."""
 
