@@ -23,7 +23,8 @@ from base.vae import sampled
 RATE, CLIP = 1.2e-3, 1.0
 AVERAGE = 0.999
 DROPPING = 0.5
-"""Share of the steps that train with dropout: unseen pairs want it, adapters want none (benchmarks/results/base.md)."""
+"""Share of the steps that train with dropout: with it to the end, adapters on the base draw worse; without any,
+unseen pairs are worse (benchmarks/results/base.md)."""
 
 
 class Average:

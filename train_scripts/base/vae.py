@@ -57,7 +57,7 @@ def finish_decoder(
 ) -> None:
     """Train the decoder of `vae` alone, in place, on latents drawn from `moments`, with noise: they stay what they are.
 
-    `state`: the file of this training's state.
+    `state`: the file of this training's state. The VAE's `scaling_factor` is that of `moments`, as `encode` sets it.
     """
     parameters = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
     optimizer = run.prepare(torch.optim.AdamW(parameters, RATE, betas=(0.9, 0.99)))
@@ -86,7 +86,10 @@ def finish_decoder(
 
 
 def noise_like(latents: Tensor) -> Tensor:
-    """Return noise for latents (n, c, height, width): a third of it is one for a whole channel, a third of 4 x 4."""
+    """Return noise for latents (n, c, height, width), of a deviation of 0.9: fine, of 4 x 4 drawn large, and flat.
+
+    All alike in weight. Interpolation takes some of the second.
+    """
     count, channels, *size = latents.shape
     parts = [
         F.interpolate(torch.randn(count, channels, *grid, device=latents.device), size=size, mode="bilinear")

@@ -102,12 +102,12 @@ def _size(part: Any) -> int:
 
 def _require_read(model: nn.Module, paths: list[str]) -> None:
     widths = {path: cast(nn.Linear, model.get_submodule(path)).in_features for path in paths}
-    for path, width in widths.items():
-        if is_misread(width):
-            raise ModelError(
-                f"nf4: on this CPU bitsandbytes reads layers of {width} inputs by wrong scales ({path}, and "
-                f"{sum(map(is_misread, widths.values())) - 1} more): take int8, or a GPU"
-            )
+    misread = [path for path, width in widths.items() if is_misread(width)]
+    if misread:
+        raise ModelError(
+            f"nf4: on this CPU bitsandbytes reads layers of {widths[misread[0]]} inputs by wrong scales ({misread[0]}, "
+            f"and {len(misread) - 1} more): take int8, or a GPU"
+        )
 
 
 @cache
