@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+import tomllib
 
 import pytest
 import torch
@@ -166,15 +168,22 @@ def test_noise_offset_is_the_same_over_a_channel(small_batch):
 
 @pytest.mark.quick("sd3")
 @pytest.mark.parametrize("family", ["sd", "sd3"])
-def test_timesteps_are_drawn_as_the_settings_say(family, tmp_path, monkeypatch):
+def test_timesteps_are_drawn_as_the_settings_and_the_base_say(family, tmp_path, monkeypatch):
     drawn = []
     objective = type(load_family(tiny.saved(family), torch.float32, CPU).objective)
     draw = objective.sample_t
     monkeypatch.setattr(objective, "sample_t", lambda *given: drawn.append(draw(*given)) or drawn[-1])
+    own = shutil.copytree(tiny.saved(family), tmp_path / "low-base")
+    (own / "vislora.json").write_text('{"timestep_shift": 0.01}')
+    how = {"family": family, "loop__steps": 6, "loop__timesteps": "logit-normal"}
     trained(tmp_path / "usual", family, loop__steps=6)
-    trained(tmp_path / "low", family, loop__steps=6, loop__timesteps="logit-normal", loop__timestep_shift=0.01)
-    usual, low = torch.cat(drawn).float().chunk(2)
-    assert low.max() < 300 < usual.max()
+    trained(tmp_path / "low", loop__timestep_shift=0.01, **how)
+    trained(tmp_path / "own", base=str(own), **how)
+    trained(tmp_path / "set", base=str(own), loop__timestep_shift=1.0, **how)
+    usual, low, by_base, by_setting = torch.cat(drawn).float().chunk(4)
+    assert max(low.max(), by_base.max()) < 300 < min(usual.max(), by_setting.max())
+    written = tomllib.loads((tmp_path / "own" / "run" / "config.toml").read_text())
+    assert written["loop"]["timestep_shift"] == 0.01
 
 
 @pytest.mark.parametrize("family", tiny.STAPLES)

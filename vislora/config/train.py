@@ -140,8 +140,8 @@ class LoopConfig(Section):
     """Min-SNR weight of a diffusion model's loss (ignored by flow models)."""
     timesteps: Literal["uniform", "logit-normal"] | None = None
     """How timesteps are drawn. Default: uniform for a diffusion model, logit-normal for a flow model."""
-    timestep_shift: float = Field(1.0, gt=0, le=100)
-    """Below 1 more of the low noise is trained, which decides on strokes and texture; beyond 1 more of the high."""
+    timestep_shift: float | None = Field(None, gt=0, le=100)
+    """Below 1 more of the low noise is trained, beyond 1 more of the high. Default: the base's, 1 for real models."""
     noise_offset: float = Field(0.0, ge=0, le=1)
     """Add this much noise that is the same over a whole channel, for very dark or bright images."""
     ema: float = Field(0.0, ge=0, lt=1)

@@ -18,6 +18,7 @@ class Plan:
     learning_rate: float
     text_learning_rate: float
     word_learning_rate: float
+    timestep_shift: float
     resolution: int
 
     @property
@@ -35,15 +36,17 @@ def make_plan(config: TrainConfig, traits: Traits, precision: str) -> Plan:
     text_rate = config.optimizer.text_encoder_learning_rate or rate / 2
     word_rate = config.optimizer.word_learning_rate or rate
     steps, batch_size = config.loop.steps or traits.train_steps, config.loop.batch_size or traits.batch_size
+    shift = config.loop.timestep_shift or traits.timestep_shift
     resolution = config.data.resolution or traits.resolution
     rates = {"learning_rate": rate, "text_encoder_learning_rate": text_rate, "word_learning_rate": word_rate}
-    loop = {"steps": steps, "batch_size": batch_size, "mixed_precision": precision}
+    loop = {"steps": steps, "batch_size": batch_size, "timestep_shift": shift, "mixed_precision": precision}
     sections = {
         "data": config.data.model_copy(update={"resolution": resolution}),
         "optimizer": config.optimizer.model_copy(update=rates),
         "loop": config.loop.model_copy(update=loop),
     }
-    return Plan(config.model_copy(update=sections), steps, batch_size, rate, text_rate, word_rate, resolution)
+    filled = config.model_copy(update=sections)
+    return Plan(filled, steps, batch_size, rate, text_rate, word_rate, shift, resolution)
 
 
 def images_at_once(resolution: int) -> int:

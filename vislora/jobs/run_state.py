@@ -84,7 +84,7 @@ def assemble(
 ) -> Run:
     """Put a run together, with what is learned as it is when it is fresh."""
     config = plan.config
-    module = DenoisingLoss(family, learned.adapters, loss_options(config), learned.words)
+    module = DenoisingLoss(family, learned.adapters, loss_options(plan), learned.words)
     optimizer = make_optimizer(config.optimizer.name, list(_groups(plan, learned)), config.optimizer.weight_decay)
     module, optimizer = accelerator.prepare(module, optimizer)
     average = Average(module.parameters(), config.loop.ema) if config.loop.ema else None
@@ -108,10 +108,10 @@ def _groups(plan: Plan, learned: Learned) -> Iterator[ParameterGroup]:
         yield ParameterGroup(learned.words.parameters(), plan.word_learning_rate, decays=False)
 
 
-def loss_options(config: TrainConfig) -> LossOptions:
+def loss_options(plan: Plan) -> LossOptions:
     """Return how the settings want the loss."""
-    loop, prior, reach = config.loop, config.prior, config.slider.reach
-    timesteps = Timesteps(loop.timesteps, loop.timestep_shift)
+    loop, prior, reach = plan.config.loop, plan.config.prior, plan.config.slider.reach
+    timesteps = Timesteps(loop.timesteps, plan.timestep_shift)
     return LossOptions(loop.min_snr_gamma, loop.noise_offset, prior.weight, prior.share, timesteps, reach)
 
 

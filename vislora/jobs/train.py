@@ -172,7 +172,7 @@ def _memory(
 ) -> Iterator[Note]:
     """Say what memory the run takes, and whether the device has it."""
     config = plan.config
-    options = fresh_options(config), loss_options(config)
+    options = fresh_options(config), loss_options(plan)
     try:
         readers = [name for name in family.components if name != "denoiser"] if config.adapter.words else []
         step = Step(chosen, *options, data.largest_batch(), config.optimizer.name, readers)

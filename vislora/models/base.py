@@ -71,6 +71,7 @@ class Traits:
     learning_rate: float
     train_steps: int
     batch_size: int
+    timestep_shift: float
     tags: Mapping[str, str]
     source: Literal["", "latents", "latents and text"] = ""
     always: Mapping[str, Any] = field(default_factory=dict)
@@ -198,6 +199,7 @@ def read_traits(
         "learning_rate": 1e-4,
         "train_steps": 1500,
         "batch_size": 1,
+        "timestep_shift": 1.0,
         **defaults,
     }
     own = path / "vislora.json"
