@@ -32,7 +32,7 @@ def errors(folder: Path) -> list[str]:
     rows = []
     for method, ranks in METHODS.items():
         for rank in ranks:
-            pair = (f"{SAMPLES}/ink.safetensors:0.8", f"{SAMPLES}/outline.safetensors:0.5")
+            pair = (f"{SAMPLES}/ink.safetensors:0.8", f"{SAMPLES}/outline:0.5")
             report = vislora.merge(pair, folder / "m.safetensors", method=method, rank=rank, overwrite=True)
             rows.append(f"| {method} | {max(module.rank for module in report.modules)} | {report.error:.3f} |")
     return rows

@@ -81,7 +81,7 @@ def generate(adapter: Path) -> tuple[Image.Image, dict[str, list[Image.Image]]]:
     None of the subjects is in a training folder.
     """
     print("2/3 generate: base, each style, both stacked", flush=True)
-    second = ROOT / "samples" / "adapters" / f"{SECOND}.safetensors"
+    second = ROOT / "samples" / "adapters" / SECOND
     rows: list[list[Image.Image]] = []
     for strengths in ROWS.values():
         style = SECOND if list(strengths) == [SECOND] else STYLE
@@ -165,7 +165,7 @@ def page(
 
 COMMANDS = """vislora train --config samples/ink.toml --output runs/ink
 vislora generate --prompt "a fox, ink style" --sheet \\
-    --adapter runs/ink/ink.safetensors:0.6 --adapter samples/adapters/outline.safetensors:0.6
+    --adapter runs/ink/ink.safetensors:0.6 --adapter samples/adapters/outline:0.6
 vislora convert runs/ink/ink.safetensors ink-diffusers.safetensors --to diffusers
 vislora inspect runs/ink/ink.safetensors"""
 
