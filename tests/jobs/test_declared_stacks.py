@@ -222,4 +222,4 @@ def test_the_sample_stack_is_one(monkeypatch):
     monkeypatch.chdir(SAMPLES.parent)
     stack = vislora.Stack.read("samples/stack.toml")
     assert set(stack.strengths) == {"ink", "outline"}
-    assert all(path.is_file() for path in stack.paths.values())
+    assert all(path.exists() for path in stack.paths.values())
