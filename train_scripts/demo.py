@@ -38,7 +38,6 @@ SUBJECTS = (
     "a soccer ball",
 )
 STYLE, SECOND = "ink", "outline"
-STEPS = 400
 ROWS = {
     "base": {},
     STYLE: {STYLE: 1.0},
@@ -69,7 +68,6 @@ def train() -> Path:
     changes = {
         "output": OUT / STYLE,
         "data": config.data.model_copy(update={"folder": ROOT / "samples" / STYLE}),
-        "loop": config.loop.model_copy(update={"steps": STEPS}),
     }
     console.show(run_train(config.model_copy(update=changes)))
     return OUT / STYLE / f"{STYLE}.safetensors"
