@@ -58,7 +58,8 @@ class Card:
 class Traits:
     """What a loaded base is used with when nothing else is said, and what adapter files tell other programs about it.
 
-    `resolution`: pixels. `size_step`: sides of training images are multiples of it. `tags`: metadata keys of files.
+    `resolution`: pixels. `size_step`: sides of training images are multiples of it.
+    `timestep_shift`: which noise is learned, as `--timestep-shift` has it. `tags`: metadata keys of files.
     `source`: what sees the source image of a base that edits: its denoiser alone (`latents`) or its text encoder too
     (`latents and text`), which then makes no image without one. `always`: what every call of the pipeline gets, beside
     the card's.
