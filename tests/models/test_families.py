@@ -378,12 +378,31 @@ def test_weights_of_another_size(tmp_path):
     assert str(folder) in fails(folder)
 
 
-def test_settings_in_a_base_that_are_not_known(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"stepz": 3}', "stepz: unknown setting (did you mean 'steps'"),
+        ('{"steps": "many", "guidance_scale": -1}', "guidance_scale: "),
+        ('{"size_step": 5}', "size_step: unknown setting"),
+        ('{"steps": 3', "is damaged"),
+        ("[3]", "should be a JSON object"),
+        ("[" * 100_000, "is damaged"),
+    ],
+)
+def test_settings_in_a_base_that_cannot_be_used(text, said, tmp_path):
     folder = copied("sd", tmp_path)
-    (folder / "vislora.json").write_text('{"stepz": 3}')
-    assert "vislora.json" in fails(folder)
-    (folder / "vislora.json").write_text('{"steps": 3, "guidance_scale": 2.5}')
-    assert load_family(folder, torch.float32, CPU).traits.steps == 3
+    (folder / "vislora.json").write_text(text)
+    message = fails(folder)
+    assert str(folder / "vislora.json") in message
+    assert said in message
+
+
+def test_settings_in_a_base(tmp_path):
+    folder = copied("sd", tmp_path)
+    usual = load_family(folder, torch.float32, CPU).traits
+    (folder / "vislora.json").write_text('{"steps": 3, "guidance_scale": 2.5, "batch_size": null}')
+    traits = load_family(folder, torch.float32, CPU).traits
+    assert (traits.steps, traits.guidance_scale, traits.batch_size) == (3, 2.5, usual.batch_size)
 
 
 def test_libraries_get_their_verbosity_back():

@@ -16,8 +16,9 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor, nn
 
+from vislora.config.own import OwnDefaults
 from vislora.diffusion import Objective
-from vislora.errors import ModelError, VisloraError, nearest
+from vislora.errors import ConfigError, ModelError, VisloraError, nearest
 from vislora.models.quantized import quantize_base, require_library
 from vislora.registry import FAMILIES
 
@@ -190,7 +191,10 @@ def components_of(pipeline: Any) -> tuple[str | None, dict[str, nn.Module]]:
 def read_traits(
     path: Path, pipeline: Any, resolution: int, size_step: int, tags: Mapping[str, str], **defaults: Any
 ) -> Traits:
-    """Return the traits of a base: its pipeline's, then `defaults`, then what `vislora.json` in its folder says."""
+    """Return the traits of a base: its pipeline's, then `defaults`, then what `vislora.json` in its folder says.
+
+    Raises `ModelError` for one that is no JSON object, or that holds a setting which is not known or out of its range.
+    """
     signature = inspect.signature(type(pipeline).__call__).parameters
     values: dict[str, Any] = {
         "resolution": resolution,
@@ -203,13 +207,16 @@ def read_traits(
         "timestep_shift": 1.0,
         **defaults,
     }
-    own = path / "vislora.json"
-    if own.is_file():
-        values.update(json.loads(own.read_text()))
+    return Traits(**{**values, **_own_traits(path / "vislora.json")}, tags=tags)
+
+
+def _own_traits(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
     try:
-        return Traits(**values, tags=tags)
-    except TypeError as error:
-        raise ModelError(f"vislora.json holds a setting that is not known ({error})") from None
+        return OwnDefaults.of(_read_object(path)).model_dump(exclude_none=True)
+    except ConfigError as error:
+        raise ModelError(f"{path}: {'; '.join(error.problems)}") from None
 
 
 def absent_parts(path: Path) -> dict[str, None]:
@@ -225,12 +232,19 @@ def read_index(path: Path) -> dict[str, Any]:
         index = _from_hub(path)
     elif not index.is_file():
         raise ModelError(f"base {path} has no model_index.json: give the folder of a diffusers pipeline")
+    found = _read_object(index)
+    if not isinstance(found.get("_class_name"), str):
+        raise ModelError(f"{index} is damaged (it names no pipeline)")
+    return found
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(index.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"base {path}: model_index.json is damaged ({error})") from None
-    if not isinstance(found, dict) or not isinstance(found.get("_class_name"), str):
-        raise ModelError(f"base {path}: model_index.json is damaged (it names no pipeline)")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is damaged ({error})") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} is damaged (it should be a JSON object)")
     return found
 
 
