@@ -16,6 +16,7 @@ from vislora.models.joint import CountedJointAttention
 from vislora.models.sd3 import ONE_FOR_ALL
 
 WIDTH, HEADS, LAYERS, TEXT_WIDTH = 256, 4, 4, 96
+DROPOUT = 0.1
 
 
 class Both(nn.Module):
@@ -45,6 +46,9 @@ class Both(nn.Module):
             if name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")):
                 nn.init.zeros_(module.weight)
                 nn.init.zeros_(module.bias)
+        for module in self.transformer.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = DROPOUT
         self.transformer.set_attn_processor(PlainAttention())
         config = text_config(tokenizer, TEXT_WIDTH)
         texts = [CLIPTextModelWithProjection(config) for _ in range(2)]
