@@ -85,7 +85,7 @@ def test_the_second_caption_is_of_the_same_subject_in_any_style_that_it_is_train
         (4, 4),
     }
     words = tokenizer(tmp_path, 20)
-    examples = Examples(torch.zeros(5, 8, 16, 16), shown, words, 1.0, texts=2)
+    examples = Examples(torch.zeros(1, 5, 8, 16, 16), torch.zeros(1, 2), shown, words, 1.0, texts=2)
     _, (ids, others) = examples.draw(200)
     style = {words.convert_tokens_to_ids(f"{name}</w>") for name in ("flat", "neon")}
     differ = ids != others
@@ -139,10 +139,38 @@ def test_one_empty_token_for_all_is_what_the_pipeline_computes(tmp_path):
     with torch.no_grad():
         embeds, _, pooled, _ = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
         theirs = pipe.transformer(noisy, embeds, pooled, t, return_dict=False)[0]
-        ours = model(noisy, t, ids, ids)
+        ours = model(noisy, t, ids, ids, torch.zeros(2, 2))
     assert embeds.shape[1] == layout.length + 256
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert theirs.abs().max() > 0.1
+
+
+def test_patches_of_a_moved_picture_are_told_their_places_in_it():
+    from base.sd3 import MovedPatches
+
+    patches = MovedPatches(height=16, width=16, patch_size=2, in_channels=4, embed_dim=32, pos_embed_max_size=8)
+    torch.nn.init.zeros_(patches.proj.weight)
+    torch.nn.init.zeros_(patches.proj.bias)
+    latents = torch.randn(2, 4, 16, 16)
+    moved = torch.tensor([[1.0, 0.0], [0.0, -2.0]])[..., None, None].expand(-1, -1, 16, 16)
+    with torch.no_grad():
+        own = patches(latents).view(2, 8, 8, 32)
+        told = patches(torch.cat([latents, moved], 1)).view(2, 8, 8, 32)
+    assert torch.allclose(told[0, :, :7], own[0, :, 1:], atol=1e-5)
+    assert torch.allclose(told[1, 2:], own[1, :6], atol=1e-5)
+
+
+def test_moved_pictures_are_encoded_as_they_would_be_seen():
+    from base.parts import make_vae
+    from base.vae import encode, encode_moved
+
+    vae, picture = make_vae().eval(), torch.full((1, 3, 64, 64), 255, dtype=torch.uint8)
+    picture[..., 20:40, 16:44] = torch.randint(256, (1, 3, 20, 28)).to(torch.uint8)
+    found = encode_moved(vae, picture, torch.tensor([[0, 0], [4, -2]]), Accelerator(cpu=True))
+    wanted = [picture, picture.roll((2, -4), (-2, -1))]  # down by two, to the left by four
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.allclose(one, encode(vae, other), atol=1e-5)
+    assert not torch.allclose(found[0], found[1], atol=1e-2)
 
 
 class Killed(Exception):
@@ -160,8 +188,8 @@ def test_a_training_that_was_killed_goes_on_as_if_it_had_not_been(name, tmp_path
     monkeypatch.setattr(base.progress, "SAVE_EVERY", {"cpu": 0.0})
     layout, shown = LAYOUTS[name], pictures()
     words = tokenizer(tmp_path, layout.length)
-    moments = torch.cat([torch.randn(6, 4, 16, 16), torch.full((6, 4, 16, 16), -9.0)], 1)
-    examples = base.denoiser.Examples(moments, shown, words, 1.0, layout.texts)
+    moments = torch.randn(len(layout.shifts), 6, 8, 16, 16)
+    examples = base.denoiser.Examples(moments, layout.shifts, shown, words, 1.0, layout.texts)
 
     def run(folder, until):
         def exported(model):
@@ -224,8 +252,7 @@ def test_what_compiles_to_other_gradients_is_not_used(tmp_path, monkeypatch):
 
     layout = LAYOUTS["sd"]
     words = tokenizer(tmp_path, layout.length)
-    moments = torch.cat([torch.randn(6, 4, 16, 16), torch.full((6, 4, 16, 16), -9.0)], 1)
-    examples = Examples(moments, pictures(), words, 1.0)
+    examples = Examples(torch.randn(1, 6, 8, 16, 16), layout.shifts, pictures(), words, 1.0)
     training = Training(layout, layout.model(words), Accelerator(cpu=True), tmp_path / "state.pt")
     before = [parameter.clone() for parameter in training.model.parameters()]
     random = torch.get_rng_state()

@@ -29,7 +29,7 @@ from base.pictures import Pictures, prompt_of
 from base.progress import Budget, draw_curve
 from base.sd import StableDiffusion1
 from base.sd3 import StableDiffusion3
-from base.vae import encode, finish_decoder, train_vae
+from base.vae import encode, encode_moved, finish_decoder, train_vae
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -125,21 +125,20 @@ def export(place: Place, layout: Layout, vae: AutoencoderKL, styles: list[str], 
     with torch.random.fork_rng():  # what is drawn here, when the time has come, changes no step
         pipe = layout.pipeline(vae, model, read_tokenizer(place.tokenizer, layout.length))
         write_base(pipe, place.tokenizer, place.folder / "base", layout.defaults)
-        grid(pipe, layout.defaults, styles).save(place.folder / "grid.png")
+        grid(pipe, layout, styles).save(place.folder / "grid.png")
     for what in ("vae", "decoder", "denoiser"):
         draw_curve(place.log, what, "loss", place.folder / f"{what}.png")
 
 
 @torch.no_grad()
-def grid(pipe: DiffusionPipeline, how: Mapping[str, float], styles: list[str]) -> Image.Image:
+def grid(pipe: DiffusionPipeline, layout: Layout, styles: list[str]) -> Image.Image:
     """Return a sheet of subjects (across) and styles (down)."""
     pipe.scheduler = scheduler_for(pipe, "auto")
     pipe.set_progress_bar_config(disable=True)
     prompts = [prompt_of(subject, style) for style in styles for subject in SHOWN]
     generator = torch.Generator().manual_seed(0)
-    images = pipe(
-        prompts, num_inference_steps=how["steps"], guidance_scale=how["guidance_scale"], generator=generator
-    ).images
+    steps, scale = int(layout.defaults["steps"]), layout.defaults["guidance_scale"]
+    images = pipe(prompts, num_inference_steps=steps, guidance_scale=scale, generator=generator, **layout.always).images
     side = images[0].width
     sheet = Image.new("RGB", (side * len(SHOWN), side * len(styles)))
     for number, image in enumerate(images):
@@ -167,7 +166,9 @@ def run(place: Place, images: Counts, chosen: argparse.Namespace) -> None:
         finish_decoder(vae, moments, pixels, budget, accelerator, at_once.decoder, place.state("decoder"))
         keep(vae, place.decoder, place.state("decoder"))
     vae.load_state_dict(load_file(place.decoder))
-    examples = Examples(moments, trained, tokenizer, vae.config.scaling_factor, layout.texts)
+    several = len(layout.shifts) > 1
+    moments = encode_moved(vae, pixels, layout.shifts, accelerator) if several else moments[None]
+    examples = Examples(moments, layout.shifts, trained, tokenizer, vae.config.scaling_factor, layout.texts)
     set_seed(0)
     model = layout.model(tokenizer)
     if chosen.start:
@@ -175,7 +176,7 @@ def run(place: Place, images: Counts, chosen: argparse.Namespace) -> None:
     training = Training(layout, model, accelerator, place.state("denoiser"), chosen.rate)
     budget = Budget(images.denoiser // at_once.denoiser, place.log, "denoiser")
     training.resume(budget)
-    print(f"{len(moments)} pictures, {at_once.denoiser} at once, on {accelerator.device}", flush=True)
+    print(f"{moments.shape[1]} pictures, {at_once.denoiser} at once, on {accelerator.device}", flush=True)
     if accelerator.device.type == "cuda" if chosen.compile is None else chosen.compile:
         reason = training.compile(examples, at_once.denoiser)
         print(f"not compiled: {reason}" if reason else "compiled; its gradients are those of the model", flush=True)

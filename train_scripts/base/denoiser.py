@@ -45,23 +45,37 @@ class Average:
 class Examples:
     """Everything to learn from, on the device: latents as moments, and captions of each, drawn anew every time.
 
+    moments: (shifts, pictures, 8, height, width), of the pictures moved by each of `shifts`, (shifts, 2) in pixels.
     `texts`: as in `Layout`.
     """
 
     def __init__(
-        self, moments: Tensor, pictures: Pictures, tokenizer: CLIPTokenizer, scaling_factor: float, texts: int = 1
+        self,
+        moments: Tensor,
+        shifts: Tensor,
+        pictures: Pictures,
+        tokenizer: CLIPTokenizer,
+        scaling_factor: float,
+        texts: int = 1,
     ) -> None:
-        self.moments, self.scaling_factor = moments, scaling_factor
+        self.moments, self.shifts, self.scaling_factor = moments, shifts, scaling_factor
         self._pictures, self._tokenizer, self._texts = pictures, tokenizer, texts
 
     def draw(self, count: int) -> tuple[Tensor, list[Tensor]]:
-        """Return scaled latents (count, 4, height, width) and the ids of each of the captions (count, length)."""
+        """Return scaled latents (count, 4, height, width) and what the model is told.
+
+        That is the ids of each of the captions (count, length), and where pictures are moved, by how much (count, 2).
+        """
         device = self.moments.device
-        chosen = torch.randint(len(self.moments), (count,))
+        chosen = torch.randint(self.moments.shape[1], (count,))
         forms = draw_forms(count)
         described = [chosen, *(self._pictures.beside(chosen) for _ in range(1, self._texts))]
-        ids = [self._ids(self._pictures.captions(each, forms)).to(device) for each in described]
-        return sampled(self.moments[chosen.to(device)]) * self.scaling_factor, ids
+        told = [self._ids(self._pictures.captions(each, forms)).to(device) for each in described]
+        if len(self.shifts) == 1:
+            return sampled(self.moments[0, chosen.to(device)]) * self.scaling_factor, told
+        moved = torch.randint(len(self.shifts), (count,))
+        told.append(self.shifts[moved].to(device))
+        return sampled(self.moments[moved.to(device), chosen.to(device)]) * self.scaling_factor, told
 
     def _ids(self, texts: list[str]) -> Tensor:
         found: Tensor = self._tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -91,10 +105,10 @@ class Training:
         fast = torch.compile(self.model, options={"fallback_random": True})  # the same dropout as without compiling
         exact = partial(type(self.model).forward, self.model)  # no autocast
         with torch.random.fork_rng(), _moved(self.model):
-            latents, ids = examples.draw(batch)
+            latents, told = examples.draw(batch)
             noised = self.layout.noised(latents)
             try:
-                plain, made = (self._gradients(run, noised, ids) for run in (exact, fast))
+                plain, made = (self._gradients(run, noised, told) for run in (exact, fast))
             except (RuntimeError, IndexError) as error:  # the second: torch 2.13, float32, dropout in the DiT
                 return f"cannot be compiled: {str(error).splitlines()[0]}"
         whole = torch.stack([gradient.norm() for gradient in plain.values()]).norm()
@@ -105,24 +119,24 @@ class Training:
         self.run = fast
         return ""
 
-    def _gradients(self, run: Callable[..., Tensor], noised: Noised, ids: list[Tensor]) -> dict[str, Tensor]:
+    def _gradients(self, run: Callable[..., Tensor], noised: Noised, told: list[Tensor]) -> dict[str, Tensor]:
         torch.manual_seed(0)  # the same dropout in all that is compared
-        self.accelerator.backward(self._loss(run, noised, ids))
+        self.accelerator.backward(self._loss(run, noised, told))
         named = self.accelerator.unwrap_model(self.model).named_parameters()
         found = {name: torch.zeros_like(each) if each.grad is None else each.grad for name, each in named}
         self.optimizer.zero_grad()
         return found
 
-    def _loss(self, run: Callable[..., Tensor], noised: Noised, ids: list[Tensor]) -> Tensor:
-        predicted = run(noised.latents, noised.t, *ids)
+    def _loss(self, run: Callable[..., Tensor], noised: Noised, told: list[Tensor]) -> Tensor:
+        predicted = run(noised.latents, noised.t, *told)
         return ((predicted.float() - noised.target).square().mean(dim=(1, 2, 3)) * noised.weight).mean()
 
     def step(self, examples: Examples, batch: int, factor: float) -> Tensor:
         """Do one step and return the loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * factor
-        latents, ids = examples.draw(batch)
-        loss = self._loss(self.run, self.layout.noised(latents), ids)
+        latents, told = examples.draw(batch)
+        loss = self._loss(self.run, self.layout.noised(latents), told)
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()

@@ -29,11 +29,15 @@ class Layout(Protocol):
     """How many tokens of a prompt the text encoders see."""
     texts: int
     """How many captions of a picture the model is given. The second is of the same subject, maybe in another style."""
+    shifts: Tensor
+    """(n, 2): by how many pixels to the left and up pictures are moved in training. The model is told, if n > 1."""
     defaults: Mapping[str, float]
     """What `vislora.json` says: how the base is sampled and trained on unless the user says otherwise."""
+    always: Mapping[str, Any]
+    """What else the pipeline is told whenever it draws."""
 
     def model(self, tokenizer: CLIPTokenizer) -> nn.Module:
-        """Return fresh denoiser and text encoders as one model: forward(noisy latents, t, *ids) predicts the target."""
+        """Return fresh denoiser and text encoders as one model: forward(noisy latents, t, *told) predicts."""
 
     def parts(self, model: Any) -> dict[str, nn.Module]:
         """Return what `model` consists of, by its names in the pipeline."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -71,7 +72,9 @@ class StableDiffusion1:
     """See `base.layout.Layout`."""
 
     denoiser, length, texts = "unet", 77, 1
+    shifts = torch.zeros(1, 2, dtype=torch.long)
     defaults: Mapping[str, float] = DEFAULTS | {"timestep_shift": 1.7}  # adapters learn more of a style
+    always: Mapping[str, Any] = {}
 
     def __init__(self) -> None:
         self.alphas = make_scheduler().alphas_cumprod

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.models.embeddings import PatchEmbed
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -16,7 +18,32 @@ from vislora.models.joint import CountedJointAttention
 from vislora.models.sd3 import ONE_FOR_ALL
 
 WIDTH, HEADS, LAYERS, TEXT_WIDTH = 256, 4, 4, 96
-DROPOUT = 0.1
+PATCH = 2
+SHIFTS = (-4, -2, 0, 2, 4)
+
+
+class MovedPatches(PatchEmbed):
+    """The library's patches, which may be told, in two more channels, by how many patches the picture was moved.
+
+    Their places are then those in the picture as it was: where a patch lies on it changes from step to step.
+    """
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Return the patches with their places (batch, patches, width)."""
+        own = self.proj.in_channels
+        if latent.shape[1] == own:
+            return super().forward(latent)
+        patches = self.proj(latent[:, :own]).flatten(2).transpose(1, 2)
+        return (patches + self._places(latent[:, own:, 0, 0])).to(patches.dtype)
+
+    def _places(self, moved: Tensor) -> Tensor:
+        """Return sine and cosine of places further by `moved` (batch, 2), in patches across and down."""
+        quarter = self.pos_embed.shape[-1] // 4
+        rates = 10000.0 ** (-torch.arange(quarter, device=moved.device) / quarter)
+        angle = moved[:, None, :, None] * rates
+        sine, cosine = self.pos_embed.unflatten(-1, (2, 2, quarter)).unbind(-2)
+        turned = (sine * angle.cos() + cosine * angle.sin(), cosine * angle.cos() - sine * angle.sin())
+        return torch.stack(turned, -2).flatten(2)
 
 
 class Both(nn.Module):
@@ -30,7 +57,7 @@ class Both(nn.Module):
         super().__init__()
         self.transformer = SD3Transformer2DModel(
             sample_size=SIZE // FACTOR,
-            patch_size=2,
+            patch_size=PATCH,
             in_channels=4,
             out_channels=4,
             num_layers=LAYERS,
@@ -39,16 +66,14 @@ class Both(nn.Module):
             joint_attention_dim=2 * TEXT_WIDTH,
             caption_projection_dim=WIDTH,
             pooled_projection_dim=2 * TEXT_WIDTH,
-            pos_embed_max_size=SIZE // FACTOR // 2,
+            pos_embed_max_size=SIZE // FACTOR // PATCH,
             qk_norm="rms_norm",
         )
         for name, module in self.transformer.named_modules():  # blocks begin as the identity (DiT, arXiv 2212.09748)
             if name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")):
                 nn.init.zeros_(module.weight)
                 nn.init.zeros_(module.bias)
-        for module in self.transformer.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = DROPOUT
+        self.transformer.pos_embed = moved_patches(self.transformer.pos_embed)
         self.transformer.set_attn_processor(PlainAttention())
         config = text_config(tokenizer, TEXT_WIDTH)
         texts = [CLIPTextModelWithProjection(config) for _ in range(2)]
@@ -56,10 +81,10 @@ class Both(nn.Module):
             text.set_attn_implementation("eager")
         self.texts = nn.ModuleList(texts)
 
-    def forward(self, noisy: Tensor, t: Tensor, ids: Tensor, others: Tensor) -> Tensor:
+    def forward(self, noisy: Tensor, t: Tensor, ids: Tensor, others: Tensor, moved: Tensor) -> Tensor:
         """Return the predicted velocity. noisy: (batch, 4, height, width); t: (batch,); ids, others: (batch, length).
 
-        `ids` gives the tokens and `others` the pooled text.
+        `ids` gives the tokens and `others` the pooled text. moved: (batch, 2), pixels to the left and up.
         """
         count = len(ids)
         found = [text(torch.cat([ids, others]), output_hidden_states=True) for text in self.texts]
@@ -67,10 +92,25 @@ class Both(nn.Module):
         context = torch.cat([context, torch.zeros_like(context[:, :1])], 1)
         pooled = torch.cat([each.text_embeds[count:] for each in found], -1)
         counted = ONE_FOR_ALL["joint_attention_kwargs"]
+        far = (moved / (FACTOR * PATCH))[..., None, None].expand(-1, -1, *noisy.shape[-2:])
         prediction: Tensor = self.transformer(
-            noisy, context, pooled, t, joint_attention_kwargs=counted, return_dict=False
+            torch.cat([noisy, far], 1), context, pooled, t, joint_attention_kwargs=counted, return_dict=False
         )[0]
         return prediction
+
+
+def moved_patches(own: PatchEmbed) -> MovedPatches:
+    """Return `own` as one that may be told how the picture was moved."""
+    made = MovedPatches(
+        height=own.height * own.patch_size,
+        width=own.width * own.patch_size,
+        patch_size=own.patch_size,
+        in_channels=own.proj.in_channels,
+        embed_dim=own.proj.out_channels,
+        pos_embed_max_size=own.pos_embed_max_size,
+    )
+    made.load_state_dict(own.state_dict())
+    return made
 
 
 class PlainAttention(CountedJointAttention):
@@ -86,8 +126,10 @@ class StableDiffusion3:
     """See `base.layout.Layout`. Times are drawn logit-normal (arXiv 2403.03206, section 3.1)."""
 
     denoiser, length, texts = "transformer", 20, 2
+    shifts = torch.cartesian_prod(torch.tensor(SHIFTS), torch.tensor(SHIFTS))
     # of one DiT with more guidance adapters carried over less; at twice the rate an outline lost its subject
     defaults: Mapping[str, float] = DEFAULTS | {"guidance_scale": 1.5, "learning_rate": 0.0005}
+    always: Mapping[str, Any] = ONE_FOR_ALL
 
     def model(self, tokenizer: CLIPTokenizer) -> Both:
         """Return fresh models."""

@@ -128,6 +128,25 @@ def encode(vae: AutoencoderKL, pixels: Tensor, batch: int = 256) -> Tensor:
     return moments
 
 
+@torch.no_grad()
+def encode_moved(vae: AutoencoderKL, pixels: Tensor, shifts: Tensor, accelerator: Accelerator) -> Tensor:
+    """Return the moments (shifts, n, 8, height / 4, width / 4) of the pictures moved by each of `shifts`.
+
+    shifts: (shifts, 2), pixels to the left and up; what comes into sight is the nearest of the picture's edge.
+    """
+    most = int(shifts.abs().max())
+    wide = F.pad(pixels.float(), (most,) * 4, mode="replicate").to(torch.uint8)
+    height, width = pixels.shape[-2:]
+    found = []
+    for number, (left, up) in enumerate((shifts + most).tolist(), 1):
+        views = wide[..., up : up + height, left : left + width]
+        with accelerator.autocast():
+            parts = [vae.encode(as_input(part)).latent_dist.parameters.float() for part in views.split(64)]
+        found.append(torch.cat(parts))
+        print(f"encoded {number} of {len(shifts)} shifts", flush=True)
+    return torch.stack(found)
+
+
 def sampled(moments: Tensor) -> Tensor:
     """Draw latents, not scaled, from their moments."""
     mean, logvar = moments.chunk(2, dim=1)
