@@ -173,6 +173,18 @@ def test_moved_pictures_are_encoded_as_they_would_be_seen():
     assert not torch.allclose(found[0], found[1], atol=1e-2)
 
 
+def test_a_model_is_told_how_the_very_picture_was_moved(tmp_path):
+    from base.denoiser import Examples
+
+    shifts = torch.tensor([[2, 0], [0, -4], [4, 4]])
+    moments = torch.full((3, 6, 8, 16, 16), -30.0)  # next to no variance
+    moments[:, :, :2] = shifts[:, None, :, None, None].float()
+    latents, told = Examples(moments, shifts, pictures(), tokenizer(tmp_path, 20), 1.0, texts=2).draw(40)
+    assert len(told) == 3
+    assert torch.allclose(latents[:, :2].mean(dim=(2, 3)), told[2].float(), atol=1e-3)
+    assert len(told[2].unique(dim=0)) == 3
+
+
 class Killed(Exception):
     """The machine went away."""
 

@@ -70,12 +70,11 @@ class Examples:
         chosen = torch.randint(self.moments.shape[1], (count,))
         forms = draw_forms(count)
         described = [chosen, *(self._pictures.beside(chosen) for _ in range(1, self._texts))]
-        told = [self._ids(self._pictures.captions(each, forms)).to(device) for each in described]
-        if len(self.shifts) == 1:
-            return sampled(self.moments[0, chosen.to(device)]) * self.scaling_factor, told
-        moved = torch.randint(len(self.shifts), (count,))
-        told.append(self.shifts[moved].to(device))
-        return sampled(self.moments[moved.to(device), chosen.to(device)]) * self.scaling_factor, told
+        ids = [self._ids(self._pictures.captions(each, forms)).to(device) for each in described]
+        several = len(self.shifts) > 1
+        moved = torch.randint(len(self.shifts), (count,)) if several else torch.zeros_like(chosen)
+        latents = sampled(self.moments[moved.to(device), chosen.to(device)]) * self.scaling_factor
+        return latents, [*ids, self.shifts[moved].to(device)] if several else ids
 
     def _ids(self, texts: list[str]) -> Tensor:
         found: Tensor = self._tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -109,7 +108,7 @@ class Training:
             noised = self.layout.noised(latents)
             try:
                 plain, made = (self._gradients(run, noised, told) for run in (exact, fast))
-            except (RuntimeError, IndexError) as error:  # the second: torch 2.13, float32, dropout in the DiT
+            except (RuntimeError, IndexError) as error:  # the second: torch 2.13, float32, a DiT with dropout
                 return f"cannot be compiled: {str(error).splitlines()[0]}"
         whole = torch.stack([gradient.norm() for gradient in plain.values()]).norm()
         for name, gradient in plain.items():

@@ -37,7 +37,7 @@ class Layout(Protocol):
     """What else the pipeline is told whenever it draws."""
 
     def model(self, tokenizer: CLIPTokenizer) -> nn.Module:
-        """Return fresh denoiser and text encoders as one model: forward(noisy latents, t, *told) predicts."""
+        """Return fresh models as one: forward(noisy latents, t, *told) predicts the target."""
 
     def parts(self, model: Any) -> dict[str, nn.Module]:
         """Return what `model` consists of, by its names in the pipeline."""
